@@ -1,0 +1,59 @@
+# Every command makes its environment first; a second call finds it ready.
+#
+#   make demo    fine-tune a small model by reinforcement and show how much better it got
+#   make test    the tests
+#   make check   everything that a change must pass: style, types, import rules, tests with coverage, docs
+#   make bench   the benchmarks on this machine, into benchmarks/results/
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SEED ?= 0
+# One thread a process: small tensors are faster so, and two test processes share the cores fairly.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test check lint types imports coverage docs bench clean
+.DEFAULT_GOAL := test
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --group dev --editable '.[hf,tasks]'
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/lightrft train examples/demo.toml run.dir=runs/demo-$(SEED) strategy.seed=$(SEED) data.seed=$(SEED)
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2
+
+check: lint types imports coverage docs
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/mypy
+	$(BIN)/pyright
+	$(BIN)/pyright --verifytypes lightrft --ignoreexternal
+
+imports: $(READY)
+	$(BIN)/lint-imports
+
+coverage: $(READY)
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term
+
+docs: $(READY)
+	$(BIN)/mkdocs build --quiet --strict
+
+bench: $(READY)
+	$(BIN)/python benchmarks/overhead.py --write
+	$(BIN)/python benchmarks/logprob.py --write
+
+clean:
+	rm -rf $(VENV) .venv-trl site .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

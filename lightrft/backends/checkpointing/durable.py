@@ -1,0 +1,265 @@
+"""Files and directories that survive a kill: everything is written beside its place, synced, and renamed into it.
+
+    .step-00000042.tmp-<random>/    staging, locked while its writer lives
+        lightrft.json               marker: a directory of ours that was never finished
+        content/                    becomes step-00000042 by one rename
+
+A killed writer leaves its staging directory, which the next writer of the same directory removes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import attrs
+
+from lightrft.errors import CheckpointError
+
+__all__ = [
+    "FileRecord",
+    "commit",
+    "disk_errors",
+    "make_directory",
+    "remove_leftovers",
+    "retire",
+    "staging",
+    "sync_directory",
+    "sync_tree",
+    "write_file",
+]
+
+_MARKER = "lightrft.json"
+_CONTENT = "content"
+_BLOCK_SIZE = 4 << 20  # bytes that are digested while they are written; below the 2 GiB that one write may take
+_INLINE_SIZE = 1 << 16  # bytes below which handing the digest to another thread costs more than it saves
+
+
+@attrs.frozen(kw_only=True)
+class FileRecord:
+    """What a manifest knows of one file.
+
+    Attributes:
+        size: bytes.
+        sha256: digest of the content, in hexadecimal.
+    """
+
+    size: int
+    sha256: str
+
+
+@contextmanager
+def disk_errors(setting: str, path: Path, *, advice: str) -> Iterator[None]:
+    """Turn an error of the file system into one line.
+
+    Args:
+        setting: name of the argument that holds the path.
+        path: its value.
+        advice: what to do.
+
+    Raises:
+        CheckpointError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        reason = error.strerror or str(error)
+        raise CheckpointError(f"{setting}={str(path)!r} failed: {reason}{where}; {advice}.") from error
+
+
+def write_file(path: Path, chunks: Iterable[memoryview | bytes]) -> FileRecord:
+    """Write a file that does not exist yet, sync it, and return its size and digest.
+
+    Args:
+        path: where.
+        chunks: the content, in order.
+
+    Raises:
+        OSError: it exists, or cannot be written.
+    """
+    digest = hashlib.sha256()
+    size = 0
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with ThreadPoolExecutor(max_workers=1) as pool:  # its thread starts with the first large block
+            for block in _blocks(chunks):
+                if len(block) < _INLINE_SIZE:
+                    digest.update(block)
+                    _write_all(descriptor, block)
+                else:
+                    hashing = pool.submit(digest.update, block)
+                    _write_all(descriptor, block)
+                    hashing.result()
+                size += len(block)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return FileRecord(size=size, sha256=digest.hexdigest())
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable.
+
+    Args:
+        path: the directory.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(path: Path) -> None:
+    """Make every file and every name below a directory durable, for files that others wrote.
+
+    Args:
+        path: the directory.
+    """
+    for folder, _, names in os.walk(path):
+        for name in names:
+            descriptor = os.open(Path(folder) / name, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_directory(Path(folder))
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory with its parents, durably; one that exists is left as it is.
+
+    Args:
+        path: the directory.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_directory(folder.parent)
+
+
+@contextmanager
+def staging(target: Path) -> Iterator[Path]:
+    """Yield an empty directory to fill, which `commit` moves to `target`; what is left afterwards is removed.
+
+    Args:
+        target: where the content will stand; its parent exists.
+    """
+    root = target.with_name(f".{target.name}.tmp-{os.urandom(8).hex()}")  # `random` is part of what is saved
+    root.mkdir()
+    with _locked(root):
+        try:
+            write_file(root / _MARKER, [b'{"format": "lightrft-unfinished", "version": 1}\n'])
+            (root / _CONTENT).mkdir()
+            yield root / _CONTENT
+        finally:
+            # after a commit nothing but the marker is left, and the next writer would remove it
+            with suppress(OSError):
+                _remove_staging(root)
+
+
+def commit(content: Path, target: Path) -> None:
+    """Move a filled staging directory to its place in one step; its files are synced already.
+
+    Args:
+        content: what `staging` yielded.
+        target: where it goes; nothing, or an empty directory.
+
+    Raises:
+        CheckpointError: something stands there.
+    """
+    sync_directory(content)
+    try:
+        content.rename(target)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise CheckpointError(f"{target} exists already; nothing is ever overwritten, choose another.") from error
+    except OSError as error:
+        if target.exists():  # ENOTEMPTY has no type of its own
+            raise CheckpointError(f"{target} exists already; nothing is ever overwritten, choose another.") from error
+        raise
+    sync_directory(target.parent)
+
+
+def retire(path: Path) -> None:
+    """Remove a directory so that a kill leaves either all of it or a staging directory.
+
+    Args:
+        path: the directory.
+    """
+    with staging(path) as content:
+        path.rename(content)
+        sync_directory(path.parent)
+
+
+def remove_leftovers(parent: Path, name: str) -> None:
+    """Remove the staging directories of killed writers.
+
+    A directory is removed only if its name has our exact form, it holds our marker (or nothing at all) and nothing that
+    a writer does not make, and no living process holds its lock.
+
+    Args:
+        parent: where to look.
+        name: regular expression of the targets' names.
+    """
+    pattern = re.compile(rf"\.(?:{name})\.tmp-[0-9a-f]{{16}}")
+    for path in sorted(parent.iterdir()):
+        if pattern.fullmatch(path.name) and stat.S_ISDIR(path.lstat().st_mode) and _is_ours(path):
+            with _locked(path) as is_abandoned:
+                if is_abandoned:
+                    _remove_staging(path)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Yield whether this process holds the directory's advisory lock; file systems without locks hold none."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield _try_lock(descriptor)
+    finally:
+        os.close(descriptor)  # ends the lock, as the end of the process does
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _is_ours(root: Path) -> bool:
+    names = {path.name for path in root.iterdir()}
+    if not names:
+        return True  # killed between the making of the directory and that of its marker
+    marker = root / _MARKER
+    return names <= {_MARKER, _CONTENT} and os.path.lexists(marker) and stat.S_ISREG(marker.lstat().st_mode)
+
+
+def _remove_staging(root: Path) -> None:
+    if (root / _CONTENT).exists():
+        shutil.rmtree(root / _CONTENT)
+    # the marker goes last, so that a kill in between leaves a directory that is still known as ours
+    (root / _MARKER).unlink(missing_ok=True)
+    root.rmdir()
+
+
+def _blocks(chunks: Iterable[memoryview | bytes]) -> Iterator[memoryview]:
+    for chunk in chunks:
+        view = memoryview(chunk)
+        for start in range(0, len(view), _BLOCK_SIZE):
+            yield view[start : start + _BLOCK_SIZE]
+
+
+def _write_all(descriptor: int, block: memoryview) -> None:
+    written = 0
+    while written < len(block):
+        written += os.write(descriptor, block[written:])

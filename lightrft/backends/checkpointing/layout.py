@@ -1,0 +1,134 @@
+"""Where things stand in a directory of checkpoints.
+
+save_dir/
+  step-00000042/
+    manifest.json                   size and digest of every other file
+    client_state.json               what the user passed
+    rank-00000.random.json          random streams of rank 0; one file a rank
+    <name>.model.safetensors        parameters and persistent buffers
+    <name>.optimizer.safetensors    optimizer state by parameter; of trained models alone
+    <name>.gradients.safetensors    gradients of an open accumulation window; if there are any
+    <name>.state.json               tied names, optimizer groups, schedule
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from lightrft.errors import CheckpointError, ConfigError
+
+__all__ = [
+    "CLIENT_STATE",
+    "MANIFEST",
+    "STEP_PATTERN",
+    "checkpoint_path",
+    "committed_steps",
+    "gradients_file",
+    "model_file",
+    "newest_step",
+    "optimizer_file",
+    "random_file",
+    "require_entry_names",
+    "state_file",
+]
+
+MANIFEST = "manifest.json"
+CLIENT_STATE = "client_state.json"
+STEP_PATTERN = r"step-(?:[0-9]{8}|[1-9][0-9]{8,})"
+"""Regular expression of the directories of checkpoints; one step has one name."""
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Return the directory of a step.
+
+    Args:
+        directory: directory of all checkpoints of the run.
+        step: its number.
+    """
+    return directory / f"step-{step:08d}"
+
+
+def committed_steps(directory: Path) -> list[int]:
+    """Return the steps that have a manifest, in ascending order.
+
+    Args:
+        directory: directory of all checkpoints of the run; it need not exist.
+    """
+    return [step for step, path in _step_directories(directory) if (path / MANIFEST).is_file()]
+
+
+def newest_step(directory: Path) -> int | None:
+    """Return the newest step that was ever committed, with or without its manifest now; None without one.
+
+    A committed checkpoint that lost its manifest is damaged, and must not be passed over for an older one.
+
+    Args:
+        directory: directory of all checkpoints of the run; it need not exist.
+    """
+    steps = [step for step, path in _step_directories(directory) if _was_committed(path)]
+    return steps[-1] if steps else None
+
+
+def require_entry_names(names: Iterable[str]) -> None:
+    """Check the names of models, which become file names.
+
+    Args:
+        names: keys of the mapping that is saved.
+
+    Raises:
+        ConfigError: one is not an ASCII identifier, or two differ in case alone.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        if not isinstance(name, str) or re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name) is None:
+            raise ConfigError(
+                f"model={name!r} is no name for a model; use letters, digits and underscores, a letter first, 64 at most."
+            )
+        other = seen.setdefault(name.lower(), name)
+        if other != name:
+            raise ConfigError(
+                f"model={name!r} differs from {other!r} in case alone, and some disks ignore case; rename one."
+            )
+
+
+def model_file(name: str) -> str:
+    """Return the file of a model's parameters and buffers."""
+    return f"{name}.model.safetensors"
+
+
+def optimizer_file(name: str) -> str:
+    """Return the file of a model's optimizer state."""
+    return f"{name}.optimizer.safetensors"
+
+
+def gradients_file(name: str) -> str:
+    """Return the file of a model's accumulated gradients."""
+    return f"{name}.gradients.safetensors"
+
+
+def state_file(name: str) -> str:
+    """Return the file of what is no tensor of a model, its optimizer and its schedule."""
+    return f"{name}.state.json"
+
+
+def random_file(rank: int) -> str:
+    """Return the file of a rank's random streams."""
+    return f"rank-{rank:05d}.random.json"
+
+
+def _was_committed(path: Path) -> bool:
+    return (path / MANIFEST).is_file() or (path / random_file(0)).is_file()
+
+
+def _step_directories(directory: Path) -> list[tuple[int, Path]]:
+    if not directory.exists():
+        return []
+    try:
+        paths = [path for path in directory.iterdir() if re.fullmatch(STEP_PATTERN, path.name) and path.is_dir()]
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory} cannot be read: {error.strerror}; pass a directory of checkpoints."
+        ) from error
+    return sorted((int(path.name.removeprefix("step-")), path) for path in paths)

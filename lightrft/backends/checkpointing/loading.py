@@ -1,0 +1,147 @@
+"""`load_ckpt` and `latest_ckpt`: found by looking, verified, built, and only then applied."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightrft.backends.checkpointing.agreement import together
+from lightrft.backends.checkpointing.entries import Entry, entries_of
+from lightrft.backends.checkpointing.layout import (
+    CLIENT_STATE,
+    checkpoint_path,
+    committed_steps,
+    gradients_file,
+    model_file,
+    newest_step,
+    optimizer_file,
+    random_file,
+    state_file,
+)
+from lightrft.backends.checkpointing.lossless import as_dict, decode, loads
+from lightrft.backends.checkpointing.manifest import Manifest, read_manifest, verify_checkpoint
+from lightrft.backends.checkpointing.named import difference
+from lightrft.backends.checkpointing.randomness import plan_streams
+from lightrft.backends.checkpointing.restore import apply_plans, plan_entry
+from lightrft.errors import CheckpointError
+from lightrft.strategy.protocols.checkpointing import Checkpointable, Json, LatestCkpt, LoadCkpt, LoadedCheckpoint
+from lightrft.strategy.protocols.collectives import Collectives, World
+from lightrft.strategy.protocols.training import UnwrapModel
+
+__all__ = ["build_latest_ckpt", "build_load_ckpt"]
+
+
+def build_latest_ckpt() -> LatestCkpt:
+    """Return `latest_ckpt`, which looks at names alone; `load_ckpt` verifies."""
+
+    def latest_ckpt(load_dir: str | os.PathLike[str]) -> int | None:
+        steps = committed_steps(Path(load_dir))
+        return steps[-1] if steps else None
+
+    return latest_ckpt
+
+
+def build_load_ckpt(collectives: Collectives, unwrap_model: UnwrapModel) -> LoadCkpt:
+    """Return `load_ckpt` over the given ranks.
+
+    Args:
+        collectives: what the ranks do together.
+        unwrap_model: undoes `prepare`.
+    """
+
+    def load_ckpt(
+        model: Checkpointable,
+        load_dir: str | os.PathLike[str],
+        *,
+        optimizer: Optimizer | None = None,
+        scheduler: LRScheduler | None = None,
+        step: int | None = None,
+    ) -> LoadedCheckpoint:
+        entries = entries_of(model, optimizer, scheduler, unwrap_model=unwrap_model)
+        # before the random streams are restored, since the first set-up seeds them
+        world = collectives.setup_distributed()
+        directory = Path(load_dir)
+
+        def choose() -> dict[str, Json]:
+            return {"step": _choose(directory, step)} if world.rank == 0 else {}
+
+        chosen = int(str(together(collectives, choose)[0]["step"]))
+        return _load(directory, chosen, entries, world, collectives)
+
+    return load_ckpt
+
+
+def _choose(directory: Path, step: int | None) -> int:
+    chosen = newest_step(directory) if step is None else step
+    if chosen is None:
+        raise CheckpointError(
+            f"load_dir={str(directory)!r} holds no checkpoint; save one first, or pass the directory of a run."
+        )
+    if not checkpoint_path(directory, chosen).is_dir():
+        known = ", ".join(str(known) for known in committed_steps(directory)) or "none"
+        raise CheckpointError(f"step={chosen!r} is not in load_dir={str(directory)!r}; use one of these: {known}.")
+    return chosen
+
+
+def _load(
+    directory: Path, step: int, entries: Sequence[Entry], world: World, collectives: Collectives
+) -> LoadedCheckpoint:
+    path = checkpoint_path(directory, step)
+    actions: list[Callable[[], None]] = []
+    client_state: dict[str, Json] = {}
+
+    def prepare() -> dict[str, Json]:
+        try:
+            manifest = read_manifest(path, step=step)
+            verify_checkpoint(path, manifest)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{_older(directory, step)}") from error
+        actions.append(_plan(path, manifest, entries, world))
+        client_state.update(_client_state(path))
+        return {}
+
+    together(collectives, prepare)
+    for action in actions:
+        action()
+    return LoadedCheckpoint(path=path, step=step, client_state=client_state)
+
+
+def _plan(path: Path, manifest: Manifest, entries: Sequence[Entry], world: World) -> Callable[[], None]:
+    _require_files(path, manifest, entries)
+    plans = [plan_entry(entry, path, manifest.files) for entry in entries]
+    restore_streams = plan_streams(path, rank=world.rank, world_size=manifest.world_size)
+
+    def restore() -> None:
+        apply_plans(plans, source=path)
+        restore_streams()
+
+    return restore
+
+
+def _require_files(path: Path, manifest: Manifest, entries: Sequence[Entry]) -> None:
+    names = [entry.name for entry in entries]
+    expected = {CLIENT_STATE, *(random_file(rank) for rank in range(manifest.world_size))}
+    expected |= {file(name) for name in names for file in (model_file, state_file)}
+    optional = {file(name) for name in names for file in (optimizer_file, gradients_file)} & set(manifest.files)
+    files: Mapping[str, object] = dict.fromkeys(expected | optional, "file")
+    words = difference(saved=dict.fromkeys(manifest.files, "file"), live=files)
+    if words is not None:
+        raise CheckpointError(
+            f"{path} {words} (the call has the models {', '.join(names)}); pass what was saved, under its names."
+        )
+
+
+def _client_state(path: Path) -> dict[str, Json]:
+    file = path / CLIENT_STATE
+    state = as_dict(loads(file.read_bytes(), source=str(file)), source=str(file))
+    return cast("dict[str, Json]", as_dict(cast("Json", decode(state)), source=str(file)))
+
+
+def _older(directory: Path, step: int) -> str:
+    older = [known for known in committed_steps(directory) if known < step]
+    return f" The newest older checkpoint is step={older[-1]}; pass that to load it." if older else ""

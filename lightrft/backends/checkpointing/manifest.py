@@ -1,0 +1,160 @@
+"""The manifest: what a checkpoint consists of, and the proof that it still does."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+import attrs
+import safetensors
+import torch
+
+from lightrft import __version__
+from lightrft.backends.checkpointing.durable import FileRecord
+from lightrft.backends.checkpointing.layout import MANIFEST
+from lightrft.backends.checkpointing.lossless import as_dict, dumps, loads
+from lightrft.errors import CheckpointError
+from lightrft.strategy.protocols.checkpointing import Json
+
+__all__ = ["FORMAT_VERSION", "Manifest", "read_manifest", "render_manifest", "verify_checkpoint"]
+
+FORMAT_VERSION = 1
+_FORMAT = "lightrft-checkpoint"
+# no path, no hidden file and no name that a shell takes for an option
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,254}")
+
+
+@attrs.frozen(kw_only=True)
+class Manifest:
+    """What a checkpoint consists of.
+
+    Attributes:
+        step: its step.
+        world_size: ranks of the run that wrote it.
+        files: size and digest of every file but the manifest, by name.
+    """
+
+    step: int
+    world_size: int
+    files: Mapping[str, FileRecord]
+
+
+def render_manifest(manifest: Manifest) -> bytes:
+    """Return the bytes of `manifest.json`, which hold their own digest; equal manifests give equal bytes.
+
+    Args:
+        manifest: the record.
+    """
+    return _seal(
+        {
+            "format": _FORMAT,
+            "version": FORMAT_VERSION,
+            "step": manifest.step,
+            "world_size": manifest.world_size,
+            "libraries": {
+                "lightrft": __version__,
+                "python": platform.python_version(),
+                "safetensors": safetensors.__version__,
+                "torch": torch.__version__,
+            },
+            "files": {name: attrs.asdict(record) for name, record in sorted(manifest.files.items())},
+        }
+    )
+
+
+def read_manifest(directory: Path, *, step: int) -> Manifest:
+    """Return the manifest of a checkpoint.
+
+    Args:
+        directory: the checkpoint.
+        step: the step that it should hold.
+
+    Raises:
+        CheckpointError: it is missing, damaged, of another step or of a newer format.
+    """
+    path = directory / MANIFEST
+    content = as_dict(_unseal(path), source=str(path))
+    if content.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} is of the format {content.get('format')!r}, not {_FORMAT!r}; pass a checkpoint.")
+    version = content.get("version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} is of format version {version!r}, and this lightrft reads {FORMAT_VERSION}; install the lightrft that wrote it."
+        )
+    if content.get("step") != step:
+        raise CheckpointError(f"{path} is of step {content.get('step')!r}, not {step}; load another checkpoint.")
+    return Manifest(step=step, world_size=_whole(content.get("world_size"), path), files=_files(content, path))
+
+
+def verify_checkpoint(directory: Path, manifest: Manifest) -> None:
+    """Check the size and the digest of every file.
+
+    Args:
+        directory: the checkpoint.
+        manifest: what it should hold.
+
+    Raises:
+        CheckpointError: a file is missing, is no plain file, or its content is not what was written; it is named.
+    """
+    for name, record in manifest.files.items():
+        path = directory / name
+        try:
+            _verify_file(path, record)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}; load another checkpoint.") from error
+
+
+def _verify_file(path: Path, record: FileRecord) -> None:
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path} is not a plain file; load another checkpoint.")
+    if status.st_size != record.size:
+        raise CheckpointError(
+            f"{path} has {status.st_size} bytes, and {record.size} were written; load another checkpoint."
+        )
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != record.sha256:
+        raise CheckpointError(
+            f"{path} is damaged: its SHA-256 is not the one that was written; load another checkpoint."
+        )
+
+
+def _seal(content: dict[str, Json]) -> bytes:
+    return dumps({"content": content, "sha256": hashlib.sha256(dumps(content)).hexdigest()}, indent=2)
+
+
+def _unseal(path: Path) -> Json:
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise CheckpointError(f"{path} is not a plain file; load another checkpoint.")
+        written = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; load another checkpoint.") from error
+    content = as_dict(loads(written, source=str(path)), source=str(path)).get("content")
+    # compared as bytes, so that no change is too small to notice
+    if not isinstance(content, dict) or _seal(content) != written:
+        raise CheckpointError(f"{path} is damaged: it is not what was written; load another checkpoint.")
+    return content
+
+
+def _files(content: dict[str, Json], path: Path) -> dict[str, FileRecord]:
+    records: dict[str, FileRecord] = {}
+    for name, value in as_dict(content.get("files"), source=str(path)).items():
+        if _PLAIN_NAME.fullmatch(name) is None or name == MANIFEST:
+            raise CheckpointError(
+                f"{path} names the file {name!r}, which no checkpoint holds; do not trust its source."
+            )
+        fields = as_dict(value, source=str(path))
+        records[name] = FileRecord(size=_whole(fields.get("size"), path), sha256=str(fields.get("sha256")))
+    return records
+
+
+def _whole(value: Json, path: Path) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise CheckpointError(f"{path} holds {value!r} where a whole number belongs; load another checkpoint.")
+    return value

@@ -1,0 +1,175 @@
+"""`save_ckpt`: every rank writes its own files, all agree that they are durable, and one rename makes the checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import attrs
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightrft.backends.checkpointing.agreement import together
+from lightrft.backends.checkpointing.durable import (
+    FileRecord,
+    commit,
+    disk_errors,
+    make_directory,
+    remove_leftovers,
+    staging,
+    write_file,
+)
+from lightrft.backends.checkpointing.entries import Entry, entries_of
+from lightrft.backends.checkpointing.layout import (
+    CLIENT_STATE,
+    MANIFEST,
+    STEP_PATTERN,
+    checkpoint_path,
+    newest_step,
+    random_file,
+)
+from lightrft.backends.checkpointing.lossless import as_dict, dumps, encode_client_state
+from lightrft.backends.checkpointing.manifest import Manifest, render_manifest
+from lightrft.backends.checkpointing.randomness import capture_streams
+from lightrft.backends.checkpointing.retention import keep_newest
+from lightrft.backends.checkpointing.state import entry_files
+from lightrft.errors import CheckpointError, ConfigError
+from lightrft.strategy.protocols.checkpointing import Checkpointable, Json, SaveCkpt
+from lightrft.strategy.protocols.collectives import Collectives, World
+from lightrft.strategy.protocols.training import UnwrapModel
+
+__all__ = ["build_save_ckpt"]
+
+_ADVICE = "free space or choose another directory; earlier checkpoints are as they were"
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class _Request:
+    """What one call saves, checked."""
+
+    directory: Path
+    entries: Sequence[Entry]
+    client_state: dict[str, Json]
+    step: int | None
+    max_num: int | None
+
+
+def build_save_ckpt(collectives: Collectives, unwrap_model: UnwrapModel) -> SaveCkpt:
+    """Return `save_ckpt` over the given ranks.
+
+    Args:
+        collectives: what the ranks do together.
+        unwrap_model: undoes `prepare`.
+    """
+
+    def save_ckpt(
+        model: Checkpointable,
+        save_dir: str | os.PathLike[str],
+        *,
+        optimizer: Optimizer | None = None,
+        scheduler: LRScheduler | None = None,
+        step: int | None = None,
+        client_state: Mapping[str, Json] | None = None,
+        max_num: int | None = None,
+    ) -> Path:
+        _require_whole("step", step, at_least=0)
+        _require_whole("max_num", max_num, at_least=1)
+        request = _Request(
+            directory=Path(save_dir),
+            entries=entries_of(model, optimizer, scheduler, unwrap_model=unwrap_model),
+            client_state=encode_client_state({} if client_state is None else client_state),
+            step=step,
+            max_num=max_num,
+        )
+        return _save(request, collectives.setup_distributed(), collectives)
+
+    return save_ckpt
+
+
+def _save(request: _Request, world: World, collectives: Collectives) -> Path:
+    is_first = world.rank == 0
+    with ExitStack() as stack:
+
+        def begin() -> dict[str, Json]:
+            return _begin(request, stack) if is_first else {}
+
+        place = together(collectives, begin)[0]
+        content, target, step = Path(str(place["content"])), Path(str(place["target"])), int(str(place["step"]))
+
+        def write() -> dict[str, Json]:
+            return _write(request, content, world)
+
+        written = together(collectives, write)
+
+        def finish() -> dict[str, Json]:
+            if is_first:
+                _finish(
+                    request, content, target, Manifest(step=step, world_size=world.world_size, files=_merge(written))
+                )
+            return {}
+
+        together(collectives, finish)
+
+    def retain() -> dict[str, Json]:
+        if is_first and request.max_num is not None:
+            with disk_errors(
+                "save_dir", request.directory, advice=f"{target} is committed, but older ones cannot be removed"
+            ):
+                keep_newest(request.directory, max_num=request.max_num, just_saved=step)
+        return {}
+
+    together(collectives, retain)
+    return target
+
+
+def _begin(request: _Request, stack: ExitStack) -> dict[str, Json]:
+    directory = request.directory
+    with disk_errors("save_dir", directory, advice=_ADVICE):
+        make_directory(directory)
+        remove_leftovers(directory, STEP_PATTERN)
+        newest = newest_step(directory)
+        step = request.step if request.step is not None else (0 if newest is None else newest) + 1
+        target = checkpoint_path(directory, step)
+        if os.path.lexists(target):
+            raise CheckpointError(
+                f"step={step!r} exists already ({target}); nothing is ever overwritten, use another step."
+            )
+        content = stack.enter_context(staging(target))
+    return {"content": str(content), "target": str(target), "step": step}
+
+
+def _write(request: _Request, content: Path, world: World) -> dict[str, Json]:
+    records: dict[str, FileRecord] = {}
+    with disk_errors("save_dir", request.directory, advice=_ADVICE):
+        name = random_file(world.rank)
+        streams: dict[str, Json] = {"rank": world.rank, "world_size": world.world_size, **capture_streams()}
+        records[name] = write_file(content / name, [dumps(streams)])
+        if world.rank == 0:
+            records[CLIENT_STATE] = write_file(content / CLIENT_STATE, [dumps(request.client_state)])
+            for entry in request.entries:
+                for name, chunks in entry_files(entry):
+                    records[name] = write_file(content / name, chunks)
+    return {name: attrs.asdict(record) for name, record in records.items()}
+
+
+def _merge(written: Sequence[Mapping[str, Json]]) -> dict[str, FileRecord]:
+    records: dict[str, FileRecord] = {}
+    for files in written:
+        for name, value in files.items():
+            fields = as_dict(value, source=name)
+            records[name] = FileRecord(size=int(str(fields["size"])), sha256=str(fields["sha256"]))
+    return records
+
+
+def _finish(request: _Request, content: Path, target: Path, manifest: Manifest) -> None:
+    with disk_errors("save_dir", request.directory, advice=_ADVICE):
+        write_file(content / MANIFEST, [render_manifest(manifest)])
+        commit(content, target)
+
+
+def _require_whole(setting: str, value: int | None, *, at_least: int) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < at_least):
+        raise ConfigError(f"{setting}={value!r} is not a whole number of at least {at_least}; use one, or None.")

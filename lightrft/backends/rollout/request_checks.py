@@ -1,0 +1,77 @@
+"""Refuses requests that a model cannot fulfil, before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lightrft.errors import ConfigError, DataError
+from lightrft.strategy.protocols.rollout import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["check_request"]
+
+
+def check_request(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], params: SamplingParams, prompt_indices: Sequence[int]
+) -> None:
+    """Raise unless the model can make these completions.
+
+    Args:
+        model: a causal language model.
+        prompts: token ids of each prompt.
+        params: how tokens are drawn.
+        prompt_indices: the number of each prompt.
+
+    Raises:
+        DataError: about a prompt, whose position is named, or about the numbers.
+        ConfigError: about the parameters.
+    """
+    if len(prompt_indices) != len(prompts):
+        raise DataError(
+            f"prompt_indices has {len(prompt_indices)} numbers for {len(prompts)} prompts; give one for each."
+        )
+    _check_tokens(prompts, params, vocabulary_size=model.get_input_embeddings().get_parameter("weight").shape[0])
+    # Models without learnt or rotary positions (such as Bloom) state no limit.
+    context_size: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context_size is not None:
+        _check_context(prompts, params, context_size)
+
+
+def _check_tokens(prompts: Sequence[Sequence[int]], params: SamplingParams, vocabulary_size: int) -> None:
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise DataError(f"prompts[{index}]={list(prompt)!r} is empty; give it at least one token.")
+        for token in (min(prompt), max(prompt)):
+            if not 0 <= token < vocabulary_size:
+                raise DataError(
+                    f"prompts[{index}] has token {token}, which is not in the model's vocabulary of {vocabulary_size}; "
+                    "use the tokenizer of this model."
+                )
+    unknown = [token for token in params.stop_token_ids if not 0 <= token < vocabulary_size]
+    if unknown:
+        raise ConfigError(
+            f"stop_token_ids={params.stop_token_ids!r} has {unknown}, not in the model's vocabulary of "
+            f"{vocabulary_size}; use the tokenizer of this model."
+        )
+    if params.min_new_tokens > params.max_new_tokens:
+        raise ConfigError(
+            f"min_new_tokens={params.min_new_tokens!r} is more than max_new_tokens({params.max_new_tokens}); lower it."
+        )
+
+
+def _check_context(prompts: Sequence[Sequence[int]], params: SamplingParams, context_size: int) -> None:
+    for index, prompt in enumerate(prompts):
+        room = context_size - len(prompt)
+        if room < 1:
+            raise DataError(
+                f"prompts[{index}] has {len(prompt)} tokens, which leaves no room in "
+                f"max_position_embeddings({context_size}); shorten it to {context_size - 1} or less."
+            )
+        if room < params.max_new_tokens:
+            raise ConfigError(
+                f"max_new_tokens={params.max_new_tokens!r} does not fit after prompts[{index}] of {len(prompt)} tokens "
+                f"in max_position_embeddings({context_size}); use at most {room}."
+            )

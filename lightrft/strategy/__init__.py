@@ -1,0 +1,49 @@
+"""What a training loop imports: `get_strategy`, its configuration, its contracts.
+
+Importing it loads neither torch nor any backend; building a strategy loads the one that was chosen.
+"""
+
+from lightrft.strategy.build import get_strategy
+from lightrft.strategy.calls import Call
+from lightrft.strategy.config import StrategyConfig
+from lightrft.strategy.fake import get_fake_strategy
+from lightrft.strategy.protocols import (
+    Checkpointing,
+    Collectives,
+    Completion,
+    EngineHandle,
+    Prompt,
+    Rollout,
+    SamplingParams,
+    StepResult,
+    StrategyProtocol,
+    Trainable,
+    Training,
+    World,
+)
+from lightrft.strategy.record import Strategy
+from lightrft.strategy.registry import ENGINES, STRATEGIES, registered_engines, registered_strategies
+
+__all__ = [
+    "ENGINES",
+    "STRATEGIES",
+    "Call",
+    "Checkpointing",
+    "Collectives",
+    "Completion",
+    "EngineHandle",
+    "Prompt",
+    "Rollout",
+    "SamplingParams",
+    "StepResult",
+    "Strategy",
+    "StrategyConfig",
+    "StrategyProtocol",
+    "Trainable",
+    "Training",
+    "World",
+    "get_fake_strategy",
+    "get_strategy",
+    "registered_engines",
+    "registered_strategies",
+]

@@ -1,0 +1,199 @@
+"""What is kept on disk: contracts and laws."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeAlias, Union
+
+import attrs
+
+from lightrft.strategy.protocols.training import Trainable
+
+if TYPE_CHECKING:
+    import os
+
+    from torch import nn
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+__all__ = [
+    "Checkpointable",
+    "Checkpointing",
+    "Json",
+    "LatestCkpt",
+    "LoadCkpt",
+    "LoadModel",
+    "LoadedCheckpoint",
+    "SaveCkpt",
+    "SaveModel",
+    "SavesTokenizer",
+]
+
+Json: TypeAlias = Union[None, bool, int, float, str, "list[Json]", "dict[str, Json]"]
+"""What JSON can hold."""
+
+Checkpointable: TypeAlias = "nn.Module | Trainable | Mapping[str, nn.Module | Trainable]"
+"""A model, a model with its optimizer and schedule, or several of them by name."""
+
+
+@attrs.frozen(kw_only=True)
+class LoadedCheckpoint:
+    """What a checkpoint held besides the state that was restored in place.
+
+    Attributes:
+        path: the directory that was loaded.
+        step: its step.
+        client_state: what the saver passed as `client_state`.
+    """
+
+    path: Path
+    step: int
+    client_state: dict[str, Json]
+
+
+class SavesTokenizer(Protocol):
+    """A tokenizer that can write itself; transformers' do."""
+
+    def save_pretrained(self, save_directory: str, /) -> object:
+        """Write the tokenizer's files.
+
+        Args:
+            save_directory: an existing directory.
+        """
+        ...
+
+
+class SaveCkpt(Protocol):
+    """Writes a checkpoint that training can resume from."""
+
+    def __call__(
+        self,
+        model: Checkpointable,
+        save_dir: str | os.PathLike[str],
+        *,
+        optimizer: Optimizer | None = None,
+        scheduler: LRScheduler | None = None,
+        step: int | None = None,
+        client_state: Mapping[str, Json] | None = None,
+        max_num: int | None = None,
+    ) -> Path:
+        """Return the committed directory `save_dir/step-<step>`.
+
+        Holds parameters, optimizer, schedule, position in the accumulation window with its gradients, random state of
+        every rank and `client_state`.
+
+        Laws: a process killed at any instant leaves every committed checkpoint loadable; nothing is overwritten; nothing is
+        removed before its successor is durable, and only directories that carry our manifest are ever removed; saving
+        changes no state.
+
+        Args:
+            model: what to save.
+            save_dir: directory of all checkpoints of the run.
+            optimizer: optimizer of a plain model; a `Trainable` brings its own.
+            scheduler: schedule of a plain model.
+            step: number of the checkpoint; None takes one more than the newest.
+            client_state: anything that JSON can hold.
+            max_num: how many newest checkpoints stay; None keeps all.
+
+        Raises:
+            CheckpointError: the step exists, or the files cannot be written.
+            ConfigError: `client_state` holds what JSON cannot; its path is named.
+        """
+        ...
+
+
+class LoadCkpt(Protocol):
+    """Restores a checkpoint in place."""
+
+    def __call__(
+        self,
+        model: Checkpointable,
+        load_dir: str | os.PathLike[str],
+        *,
+        optimizer: Optimizer | None = None,
+        scheduler: LRScheduler | None = None,
+        step: int | None = None,
+    ) -> LoadedCheckpoint:
+        """Restore what `SaveCkpt` saved and return the rest.
+
+        Laws: save then load is the identity, and the resumed run equals the uninterrupted one bit for bit; what is damaged
+        or does not fit is named and refused, and the live state stays as it was; no code of a checkpoint is run.
+
+        Args:
+            model: what to restore, of the structure that was saved.
+            load_dir: directory of all checkpoints of the run.
+            optimizer: optimizer of a plain model.
+            scheduler: schedule of a plain model.
+            step: number of the checkpoint; None takes the newest committed one.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or its names, shapes or dtypes are not the model's.
+        """
+        ...
+
+
+class LatestCkpt(Protocol):
+    """Looks for checkpoints."""
+
+    def __call__(self, load_dir: str | os.PathLike[str]) -> int | None:
+        """Return the step of the newest committed checkpoint, or None without one; found by looking, not by a pointer file.
+
+        Args:
+            load_dir: directory of all checkpoints of the run; it need not exist.
+        """
+        ...
+
+
+class SaveModel(Protocol):
+    """Exports a model for others."""
+
+    def __call__(
+        self, model: nn.Module, output_dir: str | os.PathLike[str], *, tokenizer: SavesTokenizer | None = None
+    ) -> Path:
+        """Return the directory, in the Hugging Face layout: config, tokenizer and safetensors.
+
+        Args:
+            model: the prepared or plain model.
+            output_dir: a directory that does not exist yet or is empty.
+            tokenizer: written beside the weights.
+
+        Raises:
+            CheckpointError: the directory holds files, or cannot be written.
+        """
+        ...
+
+
+class LoadModel(Protocol):
+    """Imports the weights of a model."""
+
+    def __call__(self, model: nn.Module, load_dir: str | os.PathLike[str]) -> None:
+        """Copy the safetensors weights of a Hugging Face directory into the model; all of them or none.
+
+        Args:
+            model: the prepared or plain model.
+            load_dir: the directory.
+
+        Raises:
+            CheckpointError: files are missing or damaged, or names, shapes or dtypes are not the model's.
+        """
+        ...
+
+
+class Checkpointing(Protocol):
+    """What is kept on disk.
+
+    Laws: save then load is the identity; a killed writer loses nothing that was committed; what is damaged is refused; a
+    checkpoint written by any backend at any world size loads into any other; loading runs no code.
+    """
+
+    @property
+    def save_ckpt(self) -> SaveCkpt: ...  # noqa: D102 (the callback protocol is the documentation)
+    @property
+    def load_ckpt(self) -> LoadCkpt: ...  # noqa: D102
+    @property
+    def latest_ckpt(self) -> LatestCkpt: ...  # noqa: D102
+    @property
+    def save_model(self) -> SaveModel: ...  # noqa: D102
+    @property
+    def load_model(self) -> LoadModel: ...  # noqa: D102

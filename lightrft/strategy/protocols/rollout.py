@@ -1,0 +1,514 @@
+"""Engines that make completions, and how weights reach them: contracts and laws."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+
+import attrs
+
+from lightrft.config._checks import at_least, between
+from lightrft.config.sections import EngineConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = [
+    "AbortUpdate",
+    "BeginUpdate",
+    "BuildEngine",
+    "CloseEngine",
+    "CommitUpdate",
+    "Completion",
+    "Engine",
+    "EngineGenerateLocal",
+    "EngineHandle",
+    "EngineProtocol",
+    "EngineSource",
+    "EngineStatus",
+    "FinishReason",
+    "FlushCache",
+    "GatherAndGenerate",
+    "Generate",
+    "MaybeSleepInferenceEngine",
+    "Prompt",
+    "PutTensors",
+    "Rollout",
+    "SamplingParams",
+    "SetupInferenceEngine",
+    "SleepEngine",
+    "StartEngine",
+    "SyncReport",
+    "Tokenizer",
+    "UpdateEngineWeights",
+    "WakeEngine",
+    "WakeupInferenceEngine",
+]
+
+EngineStatus: TypeAlias = Literal["awake", "asleep", "updating", "torn", "closed"]
+"""awake: generates; asleep: holds as little memory as it can; updating: between begin and commit of new weights;
+torn: an update did not end well, and only another update mends it; closed: for good."""
+
+FinishReason: TypeAlias = Literal["stop", "length"]
+
+
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer; transformers' satisfy it."""
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """Id of the token that ends a completion."""
+        ...
+
+    def encode(self, text: str, /, *, add_special_tokens: bool = ...) -> list[int]:
+        """Return the token ids of a text.
+
+        Args:
+            text: the text.
+            add_special_tokens: whether the tokenizer's own begin and end tokens are added.
+        """
+        ...
+
+    def decode(self, token_ids: Sequence[int], /, *, skip_special_tokens: bool = ...) -> str:
+        """Return the text of token ids.
+
+        Args:
+            token_ids: the ids.
+            skip_special_tokens: whether special tokens are left out.
+        """
+        ...
+
+
+@attrs.frozen(kw_only=True)
+class Prompt:
+    """One request to an engine.
+
+    Attributes:
+        token_ids: ids of the prompt's tokens, at least one.
+        images: images in the order of their placeholders, as the engine's processor takes them.
+    """
+
+    token_ids: tuple[int, ...]
+    images: tuple[object, ...] = ()
+
+
+@attrs.frozen(kw_only=True)
+class SamplingParams:
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: divides the logits; 0 is greedy.
+        top_p: sample from the smallest set of tokens whose probability reaches this share; 1 is off.
+        top_k: sample from this many most likely tokens; 0 is off.
+        max_new_tokens: bound on the tokens of a completion.
+        min_new_tokens: tokens before a stop token may be sampled.
+        stop_token_ids: tokens that end a completion; the one that did is its last token.
+        n: completions of each prompt.
+        seed: seed of the draws; each (prompt, sample) of a call has a random stream of its own.
+    """
+
+    temperature: float = attrs.field(default=1.0, validator=at_least(0))
+    top_p: float = attrs.field(default=1.0, validator=between(0, 1, above_low=True))
+    top_k: int = attrs.field(default=0, validator=at_least(0, whole=True))
+    max_new_tokens: int = attrs.field(default=256, validator=at_least(1, whole=True))
+    min_new_tokens: int = attrs.field(default=0, validator=at_least(0, whole=True))
+    stop_token_ids: tuple[int, ...] = ()
+    n: int = attrs.field(default=1, validator=at_least(1, whole=True))
+    seed: int = attrs.field(default=0, validator=at_least(0, whole=True))
+
+
+@attrs.frozen(kw_only=True)
+class Completion:
+    """What an engine made of one prompt, once.
+
+    Attributes:
+        prompt_ids: the prompt's token ids.
+        token_ids: sampled ids, with the stop token if one ended it.
+        logprobs: log-probability of each sampled id under the policy at the sampling temperature, before top-k and top-p.
+        finish_reason: "stop" after a stop token, "length" at `max_new_tokens`.
+        weight_version: version of the weights that made it.
+        sample_index: its number among the n completions of its prompt.
+    """
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    weight_version: int
+    sample_index: int
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class EngineSource:
+    """What an engine is started from.
+
+    Attributes:
+        model: the plain model whose architecture and weights the engine begins with.
+        tokenizer: its tokenizer, for engines that take or give text; None for those that do not.
+    """
+
+    model: nn.Module
+    tokenizer: Tokenizer | None
+
+
+@attrs.define(kw_only=True, eq=False)
+class EngineHandle:
+    """A running engine; the caller holds it and passes it to the functions of `Engine`.
+
+    Attributes:
+        engine: the functions of its kind.
+        status: where it is in its life; set by those functions.
+        weight_version: how many updates were committed.
+        state: what the engine itself keeps.
+    """
+
+    engine: Engine
+    status: EngineStatus
+    weight_version: int
+    state: object
+
+    def __enter__(self) -> EngineHandle:
+        """Return the handle, for a `with` block that closes the engine at its end."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close the engine, after an exception too."""
+        self.engine.close(self)
+
+
+@attrs.frozen(kw_only=True)
+class SyncReport:
+    """What a weight sync did.
+
+    Attributes:
+        weight_version: version that the engine has now.
+        num_tensors: tensors that were written.
+        num_bytes: their size in bytes.
+        max_logprob_difference: largest absolute difference, in nats, between engine and trainer on the probe.
+    """
+
+    weight_version: int
+    num_tensors: int
+    num_bytes: int
+    max_logprob_difference: float
+
+
+class StartEngine(Protocol):
+    """Starts an engine."""
+
+    def __call__(self, source: EngineSource) -> EngineHandle:
+        """Return a running engine, awake, with weights of version 0 equal to the source's.
+
+        Args:
+            source: model and tokenizer.
+
+        Raises:
+            UnsupportedError: the engine cannot run this model.
+        """
+        ...
+
+
+class Generate(Protocol):
+    """Makes completions."""
+
+    def __call__(self, handle: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
+        """Return n completions of each prompt, prompt by prompt, in the order of the prompts.
+
+        Laws: order and number match the requests; logprobs agree with the trainer's own; greedy generation is deterministic;
+        sampling is by the seed.
+
+        Args:
+            handle: an engine that is awake.
+            prompts: any number of prompts.
+            sampling: how tokens are drawn.
+
+        Raises:
+            EngineStateError: the engine is not awake.
+            DataError: a prompt is empty, or does not fit into the model's context; its index is named.
+            UnsupportedError: the engine cannot take images.
+        """
+        ...
+
+
+class BeginUpdate(Protocol):
+    """Opens a weight update."""
+
+    def __call__(self, handle: EngineHandle) -> None:
+        """Begin to write new weights; the engine is "updating" and does not generate.
+
+        Args:
+            handle: an engine that is awake or torn.
+
+        Raises:
+            EngineStateError: it is asleep, closed or in an update already.
+        """
+        ...
+
+
+class PutTensors(Protocol):
+    """Writes weights."""
+
+    def __call__(self, handle: EngineHandle, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Write a bucket of full tensors.
+
+        Args:
+            handle: an engine in an update.
+            tensors: (name, tensor) with the names of the plain model.
+
+        Raises:
+            WeightSyncError: a name is unknown or was written before, or a shape differs.
+        """
+        ...
+
+
+class CommitUpdate(Protocol):
+    """Closes a weight update."""
+
+    def __call__(self, handle: EngineHandle) -> int:
+        """Return the new weight version; the engine is awake, and its caches are dropped.
+
+        Law: every parameter of the engine was written once, or the call raises and the engine is "torn".
+
+        Args:
+            handle: an engine in an update.
+
+        Raises:
+            WeightSyncError: parameters are missing; they are named.
+        """
+        ...
+
+
+class AbortUpdate(Protocol):
+    """Gives a weight update up."""
+
+    def __call__(self, handle: EngineHandle) -> None:
+        """Leave the engine "torn": it refuses to generate until an update succeeds.
+
+        Args:
+            handle: an engine in an update, or awake after a commit whose verification failed.
+        """
+        ...
+
+
+class SleepEngine(Protocol):
+    """Puts an engine to sleep."""
+
+    def __call__(self, handle: EngineHandle) -> None:
+        """Free what memory the engine can; on an engine asleep it does nothing.
+
+        Args:
+            handle: an engine that is awake or asleep.
+
+        Raises:
+            EngineStateError: it is torn, closed or in an update.
+        """
+        ...
+
+
+class WakeEngine(Protocol):
+    """Wakes an engine."""
+
+    def __call__(self, handle: EngineHandle) -> None:
+        """Make the engine ready to generate; on an engine awake it does nothing. Law: sleep, wake, generate equals generate.
+
+        Args:
+            handle: an engine that is asleep or awake.
+
+        Raises:
+            EngineStateError: it is torn, closed or in an update.
+        """
+        ...
+
+
+class FlushCache(Protocol):
+    """Drops caches."""
+
+    def __call__(self, handle: EngineHandle) -> None:
+        """Drop what was computed with earlier weights.
+
+        Args:
+            handle: any engine that is not closed.
+        """
+        ...
+
+
+class CloseEngine(Protocol):
+    """Ends an engine."""
+
+    def __call__(self, handle: EngineHandle) -> None:
+        """Free processes and memory; on a closed engine it does nothing.
+
+        Args:
+            handle: any engine.
+        """
+        ...
+
+
+class EngineProtocol(Protocol):
+    """What every kind of engine can do.
+
+    Laws: outputs match the requests; sleep and wake are idempotent, legal in every order that the status allows and refused
+    with a reason in the others; closing frees everything, also after an exception.
+    """
+
+    @property
+    def start(self) -> StartEngine: ...  # noqa: D102 (the callback protocol is the documentation)
+    @property
+    def generate(self) -> Generate: ...  # noqa: D102
+    @property
+    def begin_update(self) -> BeginUpdate: ...  # noqa: D102
+    @property
+    def put(self) -> PutTensors: ...  # noqa: D102
+    @property
+    def commit(self) -> CommitUpdate: ...  # noqa: D102
+    @property
+    def abort(self) -> AbortUpdate: ...  # noqa: D102
+    @property
+    def sleep(self) -> SleepEngine: ...  # noqa: D102
+    @property
+    def wake(self) -> WakeEngine: ...  # noqa: D102
+    @property
+    def flush_cache(self) -> FlushCache: ...  # noqa: D102
+    @property
+    def close(self) -> CloseEngine: ...  # noqa: D102
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Engine:
+    """The functions of one kind of engine: the record behind `EngineProtocol`."""
+
+    start: StartEngine
+    generate: Generate
+    begin_update: BeginUpdate
+    put: PutTensors
+    commit: CommitUpdate
+    abort: AbortUpdate
+    sleep: SleepEngine
+    wake: WakeEngine
+    flush_cache: FlushCache
+    close: CloseEngine
+
+
+class SetupInferenceEngine(Protocol):
+    """Starts the rollout engine of a run."""
+
+    def __call__(
+        self, config: EngineConfig | None = None, *, actor: nn.Module, tokenizer: Tokenizer | None = None
+    ) -> EngineHandle:
+        """Return a running engine with the actor's weights.
+
+        Args:
+            config: kind and settings of the engine; None takes the strategy's `engine_type` with its defaults.
+            actor: the prepared or plain model.
+            tokenizer: its tokenizer, for engines that take or give text.
+
+        Raises:
+            ConfigError: no engine is registered under this name.
+        """
+        ...
+
+
+class EngineGenerateLocal(Protocol):
+    """Generates on this rank alone."""
+
+    def __call__(self, engine: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
+        """Return n completions of each of this rank's prompts, in order; other ranks need not call it.
+
+        Args:
+            engine: an engine that is awake.
+            prompts: this rank's prompts, any number.
+            sampling: how tokens are drawn.
+        """
+        ...
+
+
+class GatherAndGenerate(Protocol):
+    """Generates together with all ranks."""
+
+    def __call__(self, engine: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
+        """Return n completions of each of this rank's prompts, in order; every rank calls it, with any number of prompts.
+
+        Law: the outputs do not depend on how the prompts are split over the ranks.
+
+        Args:
+            engine: an engine that is awake.
+            prompts: this rank's prompts, zero included.
+            sampling: how tokens are drawn.
+        """
+        ...
+
+
+class UpdateEngineWeights(Protocol):
+    """Brings the trainer's weights into the engine."""
+
+    def __call__(self, engine: EngineHandle, actor: nn.Module) -> SyncReport:
+        """Return what was written, after the engine's logprobs were held against the trainer's on a probe.
+
+        Law: afterwards the engine's logprobs equal the trainer's, and every parameter of the engine was written, or the
+        call raises and the engine is "torn".
+
+        Args:
+            engine: an engine that is awake or torn.
+            actor: the prepared model.
+
+        Raises:
+            WeightSyncError: names are missing or left over, shapes differ, or the probe disagrees.
+        """
+        ...
+
+
+class MaybeSleepInferenceEngine(Protocol):
+    """Puts the engine to sleep if the config wants it."""
+
+    def __call__(self, engine: EngineHandle) -> None:
+        """Sleep if `enable_engine_sleep`; otherwise leave the engine as it is.
+
+        Args:
+            engine: the engine.
+        """
+        ...
+
+
+class WakeupInferenceEngine(Protocol):
+    """Wakes the engine."""
+
+    def __call__(self, engine: EngineHandle) -> None:
+        """Wake the engine if it is asleep.
+
+        Args:
+            engine: the engine.
+        """
+        ...
+
+
+class Rollout(Protocol):
+    """How a run makes completions with the actor's weights."""
+
+    @property
+    def setup_inference_engine(self) -> SetupInferenceEngine: ...  # noqa: D102 (the callback protocol is the documentation)
+    @property
+    def engine_generate_local(self) -> EngineGenerateLocal: ...  # noqa: D102
+    @property
+    def gather_and_generate(self) -> GatherAndGenerate: ...  # noqa: D102
+    @property
+    def update_engine_weights(self) -> UpdateEngineWeights: ...  # noqa: D102
+    @property
+    def maybe_sleep_inference_engine(self) -> MaybeSleepInferenceEngine: ...  # noqa: D102
+    @property
+    def wakeup_inference_engine(self) -> WakeupInferenceEngine: ...  # noqa: D102
+
+
+class BuildEngine(Protocol):
+    """Makes the functions of an engine from its settings."""
+
+    def __call__(self, config: EngineConfig) -> Engine:
+        """Return the engine's functions; nothing is started.
+
+        Args:
+            config: the settings.
+
+        Raises:
+            MissingPackageError: the package behind the engine is not installed.
+        """
+        ...

@@ -1,0 +1,144 @@
+"""What can be chosen: read-only dicts from a key to a builder. A builder imports its backend when it is called."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint
+from types import MappingProxyType
+from typing import cast
+
+from lightrft.config.sections import EngineConfig
+from lightrft.errors import ConfigError, UnsupportedError, nearest
+from lightrft.strategy.assemble import assemble
+from lightrft.strategy.config import StrategyConfig
+from lightrft.strategy.entry_points import ENGINE_GROUP, STRATEGY_GROUP, load_builder, read_entry_points
+from lightrft.strategy.protocols.rollout import BuildEngine, Engine
+from lightrft.strategy.protocols.strategy import BuildStrategy
+from lightrft.strategy.record import Strategy
+
+__all__ = ["ENGINES", "STRATEGIES", "find_engine", "registered_engines", "registered_strategies"]
+
+
+def _build_single(config: StrategyConfig) -> Strategy:
+    from lightrft.backends.checkpointing.canonical import build_checkpointing
+    from lightrft.backends.collectives.single import build_collectives
+    from lightrft.backends.rollout.serving import build_rollout
+    from lightrft.backends.training.single import build_training
+
+    collectives = build_collectives(config)
+    training = build_training(config)
+    return assemble(
+        collectives=collectives,
+        training=training,
+        checkpointing=build_checkpointing(collectives=collectives, training=training),
+        rollout=build_rollout(
+            config,
+            find_engine=find_engine,
+            named_tensors=training.named_tensors,
+            unwrap_model=training.unwrap_model,
+        ),
+    )
+
+
+def _build_fsdp2(config: StrategyConfig) -> Strategy:
+    return _build_unsharded("fsdp2", config)
+
+
+def _build_deepspeed(config: StrategyConfig) -> Strategy:
+    return _build_unsharded("deepspeed", config)
+
+
+def _build_unsharded(key: str, config: StrategyConfig) -> Strategy:
+    from lightrft.backends.collectives.launch import world_size_of_launch
+
+    world_size = world_size_of_launch()
+    if world_size > 1:
+        raise UnsupportedError(
+            f"strategy={key!r} with WORLD_SIZE={world_size} is not supported by this release, which trains in one "
+            "process; start it without torchrun, or with --nproc-per-node=1."
+        )
+    warnings.warn(
+        f"strategy={key!r} with one process is 'single': there is nobody to share parameters, gradients or optimizer "
+        "state with; set strategy='single' to say so.",
+        UserWarning,
+        stacklevel=4,  # the caller of get_strategy
+    )
+    return _build_single(config)
+
+
+def _build_hf(config: EngineConfig) -> Engine:
+    from lightrft.backends.rollout.hf import build_hf
+
+    return build_hf(config)
+
+
+def _build_scripted(config: EngineConfig) -> Engine:
+    from lightrft.backends.rollout.scripted import build_scripted
+
+    return build_scripted(config)
+
+
+STRATEGIES: Mapping[str, BuildStrategy] = MappingProxyType(
+    {
+        "single": _build_single,
+        # the same as "single": `get_fake_strategy` adds the record of calls
+        "fake": _build_single,
+        "fsdp2": _build_fsdp2,
+        "deepspeed": _build_deepspeed,
+    }
+)
+"""Our own strategies. For one of yours pass `registry={**STRATEGIES, "mine": build_mine}` to `get_strategy`."""
+
+ENGINES: Mapping[str, BuildEngine] = MappingProxyType({"hf": _build_hf, "scripted": _build_scripted})
+"""Our own rollout engines. For one of yours pass `engines={**ENGINES, "mine": build_mine}` to `get_strategy`."""
+
+
+def registered_strategies() -> Mapping[str, BuildStrategy]:
+    """Return our own strategies and those of installed packages (entry points of the group `lightrft.strategies`).
+
+    Raises:
+        ConfigError: two of them have one name.
+    """
+    points = read_entry_points(STRATEGY_GROUP, STRATEGIES)
+    return MappingProxyType({**STRATEGIES, **{name: _strategy_of(point) for name, point in points.items()}})
+
+
+def registered_engines() -> Mapping[str, BuildEngine]:
+    """Return our own engines and those of installed packages (entry points of the group `lightrft.engines`).
+
+    Raises:
+        ConfigError: two of them have one name.
+    """
+    points = read_entry_points(ENGINE_GROUP, ENGINES)
+    return MappingProxyType({**ENGINES, **{name: _engine_of(point) for name, point in points.items()}})
+
+
+def find_engine(key: str, engines: Mapping[str, BuildEngine] | None = None) -> BuildEngine:
+    """Return the builder of an engine.
+
+    Args:
+        key: its name.
+        engines: where to look; None means `registered_engines()`.
+
+    Raises:
+        ConfigError: there is none of this name; the known ones are listed.
+    """
+    known = registered_engines() if engines is None else engines
+    if key not in known:
+        raise ConfigError(f"engine_type={key!r} is not registered; {nearest(key, known)}.")
+    return known[key]
+
+
+def _strategy_of(point: EntryPoint) -> BuildStrategy:
+    def build(config: StrategyConfig) -> Strategy:
+        return cast("BuildStrategy", load_builder(point))(config)
+
+    return build
+
+
+def _engine_of(point: EntryPoint) -> BuildEngine:
+    def build(config: EngineConfig) -> Engine:
+        return cast("BuildEngine", load_builder(point))(config)
+
+    return build

@@ -1,0 +1,113 @@
+"""The scripted engine: prepared tokens, real log-probabilities."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightrft.backends.rollout.scripted import build_scripted
+from lightrft.backends.rollout.weights import copy_model, write_tensors
+from lightrft.config.sections import EngineConfig
+from lightrft.errors import ConfigError, DataError, UnsupportedError, WeightSyncError
+from lightrft.strategy.protocols.rollout import EngineHandle, EngineSource, Prompt, SamplingParams
+
+
+class Bytes:
+    """A tokenizer whose tokens are the bytes of the text."""
+
+    eos_token_id = 0
+
+    def encode(self, text: str, /, *, add_special_tokens: bool = False) -> list[int]:
+        assert not add_special_tokens
+        return list(text.encode())
+
+    def decode(self, token_ids: list[int], /, *, skip_special_tokens: bool = False) -> str:
+        assert not skip_special_tokens
+        return bytes(token_ids).decode()
+
+
+def tiny_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(128, 4), nn.Linear(4, 128))
+
+
+def start(*script: str, model: nn.Module | None = None) -> EngineHandle:
+    config = EngineConfig(type="scripted", script=script)
+    return build_scripted(config).start(EngineSource(model=model or tiny_model(), tokenizer=Bytes()))
+
+
+def test_completions_follow_the_script_in_turn() -> None:
+    """Completion i of a call is entry i of the script, ended by the stop token, for every sample of every prompt."""
+    handle = start("ab", "c")
+    sampling = SamplingParams(n=2, max_new_tokens=8, stop_token_ids=(0,))
+    completions = handle.engine.generate(handle, [Prompt(token_ids=(1,)), Prompt(token_ids=(2,))], sampling)
+    assert [c.token_ids for c in completions] == [(97, 98, 0), (99, 0), (97, 98, 0), (99, 0)]
+    assert [c.prompt_ids for c in completions] == [(1,), (1,), (2,), (2,)]
+    assert [c.sample_index for c in completions] == [0, 1, 0, 1]
+    assert {c.finish_reason for c in completions} == {"stop"}
+
+
+def test_without_a_script_it_echoes_the_prompt_up_to_the_limit() -> None:
+    """An engine without a script repeats the prompt and stops at max_new_tokens."""
+    handle = start()
+    (completion,) = handle.engine.generate(handle, [Prompt(token_ids=(5, 6))], SamplingParams(max_new_tokens=3))
+    assert completion.token_ids == (5, 6, 5)
+    assert completion.finish_reason == "length"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.5])
+def test_logprobs_are_the_models_own(temperature: float) -> None:
+    """The log-probability of each scripted token is log softmax of the model's logits at the sampling temperature."""
+    model = tiny_model()
+    handle = start("ab", model=model)
+    sampling = SamplingParams(max_new_tokens=4, temperature=temperature)
+    (completion,) = handle.engine.generate(handle, [Prompt(token_ids=(7, 9))], sampling)
+    with torch.no_grad():
+        logits = model(torch.tensor([9, 97])) / (temperature or 1.0)
+    expected = torch.log_softmax(logits, dim=-1)[torch.arange(2), torch.tensor([97, 98])]
+    torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=1e-6)
+
+
+def test_bad_requests_name_the_prompt() -> None:
+    """An empty prompt, one with images, and a script without a tokenizer are refused with a reason."""
+    handle = start("a")
+    with pytest.raises(DataError, match=r"prompts\[1\] is empty"):
+        handle.engine.generate(handle, [Prompt(token_ids=(1,)), Prompt(token_ids=())], SamplingParams())
+    with pytest.raises(UnsupportedError, match=r"prompts\[0\] has images"):
+        handle.engine.generate(handle, [Prompt(token_ids=(1,), images=("cat.png",))], SamplingParams())
+    with pytest.raises(ConfigError, match="there is no tokenizer"):
+        build_scripted(EngineConfig(script=("a",))).start(EngineSource(model=tiny_model(), tokenizer=None))
+
+
+def test_the_copy_shares_no_memory_and_leaves_gradients_behind() -> None:
+    """Training on changes neither the engine's weights nor loses the trainer's gradients."""
+    model = tiny_model()
+    model(torch.tensor([1])).sum().backward()
+    weights = copy_model(model)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in weights.model.parameters())
+    before = {name: tensor.clone() for name, tensor in weights.tensors.items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights.tensors.items())
+
+
+def test_tensors_that_do_not_fit_are_refused() -> None:
+    """A repeated name and another shape raise, naming the tensor."""
+    weights = copy_model(tiny_model())
+    bias = ("1.bias", torch.zeros(128))
+    with pytest.raises(WeightSyncError, match=r"'1\.bias' came twice"):
+        write_tensors(weights, [bias, bias])
+    with pytest.raises(WeightSyncError, match=r"shape \(2,\) and the engine's \(128, 4\)"):
+        write_tensors(weights, [("1.weight", torch.zeros(2))])
+
+
+def test_a_model_that_cannot_be_copied_is_refused() -> None:
+    """A model that keeps a tensor of a graph is refused with a reason."""
+    model = tiny_model()
+    model.register_module("cache", nn.Identity())
+    model.cache.kept = model(torch.tensor([1]))  # not a leaf: torch refuses to copy it
+    with pytest.raises(UnsupportedError, match="cannot be copied"):
+        copy_model(model)

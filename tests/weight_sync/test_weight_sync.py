@@ -1,0 +1,125 @@
+"""From trainer to engine: buckets, transfer, probe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lightrft.backends.rollout.scripted import build_scripted
+from lightrft.backends.rollout.serving import build_rollout
+from lightrft.config.sections import EngineConfig
+from lightrft.errors import EngineStateError, WeightSyncError
+from lightrft.strategy.config import StrategyConfig
+from lightrft.strategy.protocols.rollout import BuildEngine, EngineHandle, EngineSource, Prompt, Rollout, SamplingParams
+from lightrft.weight_sync import in_buckets, probe_difference, transfer_weights
+
+
+def tiny_model(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Embedding(32, 8), nn.Linear(8, 32))
+
+
+def start(model: nn.Module) -> EngineHandle:
+    return build_scripted(EngineConfig(type="scripted")).start(EngineSource(model=model, tokenizer=None))
+
+
+def serve(config: StrategyConfig) -> Rollout:
+    def find_engine(key: str, /) -> BuildEngine:
+        assert key == "scripted"
+        return build_scripted
+
+    def unwrap_model(model: nn.Module) -> nn.Module:
+        return model
+
+    def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from model.state_dict().items()
+
+    return build_rollout(config, find_engine=find_engine, named_tensors=named_tensors, unwrap_model=unwrap_model)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 40), max_size=20), st.integers(1, 64))
+def test_buckets_keep_every_tensor_in_order_and_within_the_bound(sizes: list[int], bound: int) -> None:
+    """Joined, the buckets are the input; one is over the bound only if it holds a single tensor."""
+    tensors = [(str(i), torch.zeros(size, dtype=torch.uint8)) for i, size in enumerate(sizes)]
+    buckets = list(in_buckets(tensors, bucket_bytes=bound))
+    assert [name for bucket in buckets for name, _ in bucket] == [name for name, _ in tensors]
+    assert all(len(bucket) == 1 or sum(t.nbytes for _, t in bucket) <= bound for bucket in buckets)
+    assert all(bucket for bucket in buckets)
+
+
+def test_a_transfer_counts_and_arrives() -> None:
+    """After a transfer the engine's tensors equal the trainer's bit for bit, under a new version."""
+    trainer, handle = tiny_model(1), start(tiny_model(2))
+    assert probe_difference(handle, trainer) > 1e-2
+    count, num_bytes = transfer_weights(trainer.state_dict().items(), handle)
+    assert (count, num_bytes) == (3, 4 * (32 * 8 + 32 * 8 + 32))
+    assert handle.weight_version == 1
+    assert probe_difference(handle, trainer) < 1e-5
+
+
+def test_an_error_while_streaming_tears_the_engine() -> None:
+    """An error of the trainer's own stream leaves the engine torn, not half new and in use."""
+    handle = start(tiny_model(1))
+
+    def broken() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "1.bias", torch.zeros(32)
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        transfer_weights(broken(), handle)
+    assert handle.status == "torn"
+
+
+def test_the_probe_reports_a_trainer_full_of_nan_as_no_agreement() -> None:
+    """NaN logprobs are infinitely far from any others, and the trainer's mode is left as it was."""
+    trainer = tiny_model(1)
+    trainer.train()
+    handle = start(trainer)
+    with torch.no_grad():
+        trainer[1].bias.fill_(float("nan"))
+    assert probe_difference(handle, trainer) == float("inf")
+    assert trainer.training
+
+
+def test_serving_syncs_verifies_and_refuses_a_sync_that_did_not_arrive() -> None:
+    """A sync reports what it did; one whose stream lies about a tensor is caught by the probe and mended by the next."""
+    rollout = serve(StrategyConfig(engine_type="scripted"))
+    trainer = tiny_model(1)
+    engine = rollout.setup_inference_engine(actor=tiny_model(2))
+    report = rollout.update_engine_weights(engine, trainer)
+    assert (report.weight_version, report.num_tensors) == (1, 3)
+    assert report.max_logprob_difference < 1e-5
+
+    def lying(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in model.state_dict().items():
+            yield name, tensor * 2.0 if name == "1.weight" else tensor
+
+    liar = build_rollout(
+        StrategyConfig(), find_engine=lambda key: build_scripted, named_tensors=lying, unwrap_model=lambda model: model
+    )
+    with pytest.raises(WeightSyncError, match="does not hold the trainer's weights"):
+        liar.update_engine_weights(engine, tiny_model(3))
+    with pytest.raises(EngineStateError, match="sync its weights first"):
+        rollout.gather_and_generate(engine, [Prompt(token_ids=(1,))], SamplingParams())
+    rollout.update_engine_weights(engine, trainer)
+    (completion,) = rollout.gather_and_generate(engine, [Prompt(token_ids=(1,))], SamplingParams(max_new_tokens=1))
+    assert completion.weight_version == 3
+
+
+@pytest.mark.parametrize(("wanted", "status"), [(True, "asleep"), (False, "awake")])
+def test_the_engine_sleeps_only_where_the_config_wants_it(wanted: bool, status: str) -> None:
+    """maybe_sleep obeys enable_engine_sleep, and waking makes the same completions as before."""
+    rollout = serve(StrategyConfig(engine_type="scripted", enable_engine_sleep=wanted))
+    engine = rollout.setup_inference_engine(actor=tiny_model(1))
+    prompts, sampling = [Prompt(token_ids=(3, 4))], SamplingParams(max_new_tokens=3)
+    before = rollout.engine_generate_local(engine, prompts, sampling)
+    rollout.maybe_sleep_inference_engine(engine)
+    assert engine.status == status
+    rollout.wakeup_inference_engine(engine)
+    assert rollout.engine_generate_local(engine, prompts, sampling) == before
