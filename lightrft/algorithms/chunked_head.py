@@ -20,7 +20,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from lightrft.errors import ConfigError, DataError
+from lightrft.errors import ConfigError, DataError, UnsupportedError
 
 __all__ = [
     "ChunkStatistics",
@@ -35,6 +35,7 @@ __all__ = [
     "exponentiate_",
     "fill_logits",
     "logit_gradient_",
+    "refuse_second_derivative",
     "softmax_",
     "wide_dtype",
 ]
@@ -42,8 +43,8 @@ __all__ = [
 _MIN_CHUNK_ROWS = 128
 """With fewer rows a product waits for the head to be read: it has 0.75 of the full rate at 64 rows and 0.44 at 16."""
 
-_CPU_CHUNK_BYTES = 24 * 2**20
-"""192 rows at V = 32k. Each product packs the whole head anew, so wider chunks are faster; 32 MiB in all is what we allow."""
+_CPU_CHUNK_BYTES = 30 * 2**20
+"""240 rows at V = 32k. Each product packs the whole head anew, so wider is faster; 32 MiB is all we want to take."""
 
 _DEVICE_CHUNK_BYTES = 512 * 2**20
 """On an accelerator, kernel launches and passes over the head's gradient per chunk cost more: 880 rows at V = 152k."""
@@ -299,6 +300,18 @@ def logit_gradient_(
     chosen_gradient_C1 = exponentials_CV.gather(1, chosen_C1) - (grad_logprobs_C * sums_C)[:, None]
     exponentials_CV.scatter_(1, chosen_C1, chosen_gradient_C1)
     return -1.0 / sums_C
+
+
+def refuse_second_derivative() -> None:
+    """Refuse a backward pass that is itself to be differentiated; torch enables gradients inside of no other.
+
+    Raises:
+        UnsupportedError: in a backward with `create_graph=True`.
+    """
+    if torch.is_grad_enabled():
+        raise UnsupportedError(
+            "create_graph=True asks for a second derivative, which the chunked head has not; use log_softmax over all logits."
+        )
 
 
 def add_head_gradients(

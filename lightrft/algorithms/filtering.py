@@ -33,6 +33,7 @@ def informative_groups(rewards_B: Tensor, *, group_size: int) -> Tensor:
         Yu et al. 2025, "DAPO", arXiv:2503.14476, section 3.2.
 
     Example:
+        >>> import torch
         >>> informative_groups(torch.tensor([1.0, 1.0, 0.0, 1.0]), group_size=2)
         tensor([False, False,  True,  True])
     """

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import attrs
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightrft.algorithms.chunked_head import (
     HeadGradients,
@@ -28,6 +27,7 @@ from lightrft.algorithms.chunked_head import (
     exponentiate_,
     fill_logits,
     logit_gradient_,
+    refuse_second_derivative,
     wide_dtype,
 )
 from lightrft.errors import ConfigError, StepError
@@ -104,6 +104,7 @@ def fused_policy_loss(
         ConfigError: for inputs that do not fit one another, or a `loss_fn` that breaks its laws where that can be seen.
         DataError: for a token id outside of the vocabulary.
         StepError: from a second backward.
+        UnsupportedError: from a backward with `create_graph=True`.
 
     Example:
         >>> def loss_fn(logprobs_C, per_token_C):
@@ -259,10 +260,8 @@ class _HandOut(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator drops the parameters' names
-        ctx: Any, *grad_outputs: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        refuse_second_derivative()
         (grad_loss,) = grad_outputs
         gradients: HeadGradients | None = ctx.gradients
         if gradients is None:

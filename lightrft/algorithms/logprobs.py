@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import attrs
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightrft.algorithms.chunked_head import (
     HeadGradients,
@@ -26,6 +25,7 @@ from lightrft.algorithms.chunked_head import (
     exponentiate_,
     fill_logits,
     logit_gradient_,
+    refuse_second_derivative,
     softmax_,
     wide_dtype,
 )
@@ -71,6 +71,7 @@ def token_logprobs(
     Raises:
         ConfigError: for shapes, dtypes, devices or a temperature that have no meaning.
         DataError: for a token id outside of the vocabulary.
+        UnsupportedError: from a backward with `create_graph=True`.
 
     Example:
         >>> hidden_NH, weight_VH = torch.zeros(2, 3), torch.zeros(4, 3)
@@ -107,10 +108,8 @@ class _Recompute(torch.autograd.Function):
         return logprobs_N, entropy_N
 
     @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator drops the parameters' names
-        ctx: Any, *grad_outputs: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        refuse_second_derivative()
         grad_logprobs_N, grad_entropy_N = grad_outputs
         hidden_NH, weight_VH, token_ids_N, logsumexp_N, entropy_N = ctx.saved_tensors
         inputs = HeadInputs(

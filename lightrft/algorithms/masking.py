@@ -29,6 +29,7 @@ def masked_sum(values: Tensor, mask: Tensor, *, dim: int | None = None) -> Tenso
         ConfigError: if the shapes differ.
 
     Example:
+        >>> import torch
         >>> masked_sum(torch.tensor([1.0, 2.0, float("nan")]), torch.tensor([1, 1, 0]))
         tensor(3.)
     """
@@ -52,6 +53,7 @@ def masked_mean(values: Tensor, mask: Tensor, *, dim: int | None = None) -> Tens
         ConfigError: if the shapes differ.
 
     Example:
+        >>> import torch
         >>> masked_mean(torch.tensor([[1.0, 2.0], [5.0, 6.0]]), torch.tensor([[1, 1], [1, 0]]), dim=1)
         tensor([1.5000, 5.0000])
     """
@@ -76,6 +78,7 @@ def masked_whiten(values: Tensor, mask: Tensor, *, subtract_mean: bool = True, e
         ConfigError: if the shapes differ.
 
     Example:
+        >>> import torch
         >>> masked_whiten(torch.tensor([0.0, 2.0, 9.0]), torch.tensor([1, 1, 0]))
         tensor([-0.7071,  0.7071,  0.0000])
     """

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias, cast
 
 import attrs
 
+from lightrft.config._names import dotted
 from lightrft.config.redaction import shown
 from lightrft.errors import ConfigError, nearest
 
@@ -34,10 +35,16 @@ def _number(field: attrs.Attribute[Any], value: object, *, whole: bool) -> float
     wanted = "an integer" if whole else "a number"
     if isinstance(value, bool) or not isinstance(value, (int, float)) or (whole and isinstance(value, float)):
         raise ConfigError(f"{field.name}={shown(value)} is not {wanted}; write {wanted}.")
-    # a float setting that is still an int is one that no float can hold
-    if not whole and (isinstance(value, int) or not math.isfinite(value)):
+    if not whole and not _is_finite(value):
         raise ConfigError(f"{field.name}={shown(value)} is not finite; write {wanted}.")
     return value
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int that no float can hold
+        return False
 
 
 def at_least(low: float, *, whole: bool = False) -> Check:
@@ -122,7 +129,7 @@ def named(record: object, field: attrs.Attribute[Any], value: object) -> None:
 def plain_table(record: object, field: attrs.Attribute[Any], value: object) -> None:
     """Check that the value is a mapping with string keys that TOML and JSON can both hold."""
     named(record, field, value)
-    _plain(value, f"{field.name}", name="")
+    _plain(value, field.name, name="")
 
 
 def _plain(value: object, place: str, *, name: str) -> None:
@@ -130,7 +137,7 @@ def _plain(value: object, place: str, *, name: str) -> None:
         for key, item in cast("Mapping[object, object]", value).items():
             if not isinstance(key, str):
                 raise ConfigError(f"{place} has the key {key!r}, which is not a string; put it in quotes.")
-            _plain(item, f"{place}.{key}", name=key)
+            _plain(item, f"{place}.{dotted([key])}", name=key)
     elif isinstance(value, list):
         for position, item in enumerate(cast("list[object]", value)):
             _plain(item, f"{place}[{position}]", name=name)

@@ -5,6 +5,7 @@ This is the one module that imports cattrs; whoever needs it imports it inside a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
@@ -13,6 +14,7 @@ from cattrs import Converter
 from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError
 from cattrs.gen import make_dict_structure_fn, override
 
+from lightrft.config._checks import Check
 from lightrft.config._names import dotted, sections, setting_fields, unknown_setting
 from lightrft.config.redaction import HIDDEN, is_secret, shown
 from lightrft.errors import ConfigError
@@ -44,7 +46,7 @@ def structure(
     problems = list(_hidden_secrets(given, ()))
     if not problems:
         try:
-            return _reader(kind, Converter())(given, kind)
+            return cast("_Record", _reader(kind)(given, kind))
         except ClassValidationError as error:
             problems = list(_problems(error, kind, given, ()))
     lines = [f"{_label(path, source, overridden)}: {text}" for path, text in problems]
@@ -58,19 +60,20 @@ def _label(path: _Path, source: str, overridden: Collection[_Path]) -> str:
     return f"{source} and command line" if touched else source
 
 
-def _reader(kind: type[_Record], converter: Converter) -> Callable[[Mapping[str, Any], Any], _Record]:
+@functools.cache  # a pure function of the class, and most of the time that reading takes
+def _reader(kind: type[attrs.AttrsInstance]) -> Callable[[Mapping[str, Any], Any], object]:
     # Any, because the signature puts cattrs' own switches and the overrides into one namespace
     hooks: dict[str, Any] = {
         name: override(omit=True) for name in attrs.fields_dict(kind).keys() - setting_fields(kind).keys()
     }
     nested = sections(kind)
     for name, field in setting_fields(kind).items():
-        hook = _section(name, _reader(nested[name], converter)) if name in nested else _setting(field)
+        hook = _section(name, _reader(nested[name])) if name in nested else _setting(field)
         hooks[name] = override(struct_hook=hook)
     # without linecache, which would keep the source of every function made here for good
     return make_dict_structure_fn(
         kind,
-        converter,
+        Converter(),
         _cattrs_forbid_extra_keys=True,
         _cattrs_detailed_validation=True,
         _cattrs_use_linecache=False,
@@ -83,8 +86,7 @@ def _setting(field: attrs.Attribute[Any]) -> Callable[[object, object], object]:
         del kind
         convert = cast("Callable[[object], object] | None", field.converter)
         converted = value if convert is None else convert(value)
-        if field.validator is not None:
-            field.validator(None, field, converted)
+        cast("Check", field.validator)(None, field, converted)  # every setting has one
         return converted
 
     return read_setting
@@ -109,7 +111,8 @@ def _problems(
         for inner in error.exceptions:
             yield from _problems_of_part(inner, kind, mapping, path)
     elif isinstance(error, ConfigError):
-        yield path, f"{dotted((*path, ''))[:-2]}{error}"
+        prefix = "".join(f"{dotted([part])}." for part in path)
+        yield path, f"{prefix}{error}"  # the message starts with the name of a setting of this record
     else:
         raise error
 

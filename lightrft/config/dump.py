@@ -17,7 +17,7 @@ from typing import cast
 import attrs
 
 from lightrft.config._names import dotted, quoted, sections, setting_fields
-from lightrft.config.redaction import redact, shown
+from lightrft.config.redaction import HIDDEN, hides, redact, shown
 from lightrft.errors import ConfigError
 
 __all__ = ["as_mapping", "config_digest", "to_json", "to_toml"]
@@ -59,8 +59,8 @@ def _lines(record: attrs.AttrsInstance, path: tuple[str, ...]) -> Iterator[str]:
     for name, value in tables.items():
         if value:
             yield from ("", f"[{dotted((*path, name))}]")
-            shielded = cast("Mapping[str, object]", redact(value))
-            yield from (f"{dotted([key])} = {_value(item, (*path, name, key))}" for key, item in shielded.items())
+            items = cast("Mapping[str, object]", value).items()
+            yield from (f"{dotted([key])} = {_value(item, (*path, name, key))}" for key, item in items)
     for name in nested:
         yield from ("", f"[{dotted((*path, name))}]", *_lines(values[name], (*path, name)))
 
@@ -68,8 +68,8 @@ def _lines(record: attrs.AttrsInstance, path: tuple[str, ...]) -> Iterator[str]:
 def _value(value: object, path: tuple[str, ...]) -> str:  # noqa: PLR0911  one line per type that TOML has
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, str):
-        return quoted(value)
+    if isinstance(value, str) or hides(path[-1], value):
+        return quoted(HIDDEN if hides(path[-1], value) else value)
     if isinstance(value, int):
         return int.__repr__(value)
     if isinstance(value, float):

@@ -11,7 +11,7 @@ from typing import cast
 
 import attrs
 
-__all__ = ["HIDDEN", "is_secret", "redact", "redacted", "shown"]
+__all__ = ["HIDDEN", "hides", "is_secret", "redact", "redacted", "shown"]
 
 HIDDEN = "***"
 """What stands in the place of a secret."""
@@ -77,17 +77,21 @@ def _is_secret_word(before: str, word: str, after: str) -> bool:
     return word.endswith("token") and before not in _OF_TEXT and (not after or after in _AFTER_TOKEN)
 
 
+def hides(name: str, value: object) -> bool:
+    """Return whether a value is hidden for its name; None and bools say only whether there is a secret."""
+    return value is not None and not isinstance(value, bool) and is_secret(name)
+
+
 def redact(value: object, *, name: str = "") -> object:
     """Return the value with `HIDDEN` in the place of every secret, at any depth of mappings and sequences.
 
-    Under the name of a secret, None and bools stay: they say only whether there is one. An object with attributes of
-    its own could print a secret among them, so the name of its type stands in its place.
+    An object with attributes of its own could print a secret among them, so the name of its type stands in its place.
 
     Args:
         value: what is to be printed.
         name: the name that the value stands under.
     """
-    if is_secret(name) and value is not None and not isinstance(value, bool):
+    if hides(name, value):
         return HIDDEN
     if isinstance(value, Mapping):
         return {key: redact(item, name=str(key)) for key, item in cast("Mapping[object, object]", value).items()}

@@ -28,7 +28,7 @@ __all__ = [
 # The names stand here and not beside the functions so that a configuration is checked without importing torch;
 # a test holds them equal to the keys of the mappings in `lightrft.algorithms`.
 ADVANTAGE_NAMES = ("grpo", "dr_grpo", "rloo", "reinforce++")
-LOSS_NAMES = ("ppo", "gspo", "cispo")
+LOSS_NAMES = ("ppo_clip", "gspo", "cispo")
 AGGREGATION_NAMES = ("token", "sequence", "constant")
 KL_NAMES = ("k1", "k2", "k3")
 CORRECTION_NAMES = ("none", "truncate", "mask")
@@ -64,7 +64,7 @@ class AlgorithmConfig:
     """How completions and rewards become a loss.
 
     Attributes:
-        num_samples: completions per prompt, the group of group-relative advantages.
+        num_samples: completions per prompt (at least 2), the group of group-relative advantages.
         prompts_per_step: prompts of one rollout.
         advantage: one of `ADVANTAGE_NAMES`.
         loss: one of `LOSS_NAMES`.
@@ -87,10 +87,10 @@ class AlgorithmConfig:
         dynamic_sampling: leave out groups whose rewards are all equal, which carry no gradient.
     """
 
-    num_samples: int = attrs.field(default=8, validator=at_least(1, whole=True))
+    num_samples: int = attrs.field(default=8, validator=at_least(2, whole=True))
     prompts_per_step: int = attrs.field(default=16, validator=at_least(1, whole=True))
     advantage: str = attrs.field(default="grpo", validator=one_of(ADVANTAGE_NAMES))
-    loss: str = attrs.field(default="ppo", validator=one_of(LOSS_NAMES))
+    loss: str = attrs.field(default="ppo_clip", validator=one_of(LOSS_NAMES))
     aggregation: str = attrs.field(default="token", validator=one_of(AGGREGATION_NAMES))
     clip_low: float = attrs.field(default=0.2, converter=real, validator=between(0, 1))
     clip_high: float = attrs.field(default=0.2, converter=real, validator=at_least(0))

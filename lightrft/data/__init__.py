@@ -1,0 +1,1 @@
+"""Problems and their splits, the order in which they are drawn, and token batches."""

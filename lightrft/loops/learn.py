@@ -123,16 +123,12 @@ class _Seen:
 
 
 def _split(batch: TokenBatch, advantages_B: Tensor, size: int) -> list[_Micro]:
-    rows = range(0, len(advantages_B), size)
-    return [
-        _Micro(tokens=batch.select(range(start, min(start + size, len(advantages_B)))), advantages_B=part_B)
-        for start, part_B in zip(rows, advantages_B.split(size), strict=True)
-    ]
+    total = len(advantages_B)
+    parts = [range(start, min(start + size, total)) for start in range(0, total, size)]
+    return [_Micro(tokens=batch.select(part), advantages_B=advantages_B[part.start : part.stop]) for part in parts]
 
 
-def _with_logprobs(
-    batch: _Micro, policy: nn.Module | None, reference: nn.Module | None, temperature: float
-) -> _Micro:
+def _with_logprobs(batch: _Micro, policy: nn.Module | None, reference: nn.Module | None, temperature: float) -> _Micro:
     """Add the logprobs of the policy before its first step, and of the reference, where a model is given."""
     with torch.no_grad():
         old_N = None if policy is None else _logprobs(policy, batch.tokens, temperature)
@@ -275,9 +271,7 @@ def _corrected(
     return loss_N
 
 
-def _look(
-    algorithm: AlgorithmConfig, loss: Tensor, logprobs_N: Tensor, per_token_N: Mapping[str, Tensor]
-) -> _Seen:
+def _look(algorithm: AlgorithmConfig, loss: Tensor, logprobs_N: Tensor, per_token_N: Mapping[str, Tensor]) -> _Seen:
     old_N = per_token_N.get("old", logprobs_N)
     clipped_N = clip_fraction(
         logprobs_N, old_N, per_token_N["advantages"], clip_low=algorithm.clip_low, clip_high=algorithm.clip_high

@@ -26,8 +26,8 @@ class RunState:
     """
 
     step: int = 0
-    sampler: dict[str, int] | None = None
-    rewards: RunningStatistics = RunningStatistics()
+    sampler: dict[str, Json] | None = None
+    rewards: RunningStatistics = attrs.field(factory=RunningStatistics)
     accuracy_before: float | None = None
     accuracy: float | None = None
 

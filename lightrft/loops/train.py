@@ -111,9 +111,7 @@ def train(
         InterruptedRunError: the run was asked to stop; its checkpoint is written.
     """
     _check(config, parts)
-    run = _Run(
-        strategy=strategy, config=config, parts=parts, tracker=tracker or no_tracker(), should_stop=should_stop
-    )
+    run = _Run(strategy=strategy, config=config, parts=parts, tracker=tracker or no_tracker(), should_stop=should_stop)
     strategy.setup_distributed()
     done = strategy.latest_ckpt(checkpoint_dir(config))
     run.tracker.resume(-1 if done is None else done)
@@ -125,9 +123,7 @@ def train(
         while state.step < warmup_steps + config.run.num_steps:
             state = _boundary(run, _checkpointable(learner), _reinforce(run, learner, state))
     _export(run, learner)
-    return Summary(
-        step=state.step, accuracy_before=state.accuracy_before or 0.0, accuracy_after=state.accuracy or 0.0
-    )
+    return Summary(step=state.step, accuracy_before=state.accuracy_before or 0.0, accuracy_after=state.accuracy or 0.0)
 
 
 def _check(config: Config, parts: Parts) -> None:
@@ -176,11 +172,11 @@ def _actor(run: _Run, *, learning_rate: float, max_steps: int) -> Trainable:
 
 
 def _warm_up(run: _Run, *, resume: bool) -> None:
-    """Train the model on answers, up to but without the checkpoint of the last step, which reinforcement begins with."""
+    """Train the model on answers; the checkpoint of the last step is left to the start of reinforcement."""
     settings, parts = run.config.run, run.parts
     actor = _actor(run, learning_rate=settings.warmup_learning_rate, max_steps=settings.warmup_steps)
     examples = answers_as_completions(parts.train[: settings.warmup_size or None], parts.tokenizer)
-    sampler = ResumableSampler(num_samples=len(examples), seed=run.config.strategy.seed)
+    sampler = ResumableSampler(size=len(examples), seed=run.config.strategy.seed)
     state = RunState()
     if resume:
         state = state_from_json(run.strategy.load_ckpt({"actor": actor}, checkpoint_dir(run.config)).client_state)
@@ -205,7 +201,7 @@ def _warm_up(run: _Run, *, resume: bool) -> None:
 
 
 def _start_learner(run: _Run, *, resume: bool) -> tuple[_Learner, RunState]:
-    """Return the handles of reinforcement, from the newest checkpoint or, evaluated and saved, from the model as it is."""
+    """Return the handles of reinforcement, from the newest checkpoint or, evaluated and saved, from the model."""
     config, strategy, parts = run.config, run.strategy, run.parts
     updates = config.algorithm.prompts_per_step * config.algorithm.num_samples // config.strategy.train_batch_size
     actor = _actor(
@@ -216,7 +212,7 @@ def _start_learner(run: _Run, *, resume: bool) -> tuple[_Learner, RunState]:
     reference = None
     if config.algorithm.kl_coef:
         reference = strategy.prepare_reward_model(copy.deepcopy(strategy.unwrap_model(actor.model)))
-    sampler = ResumableSampler(num_samples=len(parts.train), seed=config.strategy.seed)
+    sampler = ResumableSampler(size=len(parts.train), seed=config.strategy.seed)
     state = RunState(step=config.run.warmup_steps)
     if resume:
         loaded = strategy.load_ckpt(_named(actor, reference), checkpoint_dir(config))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
 
 from lightrft.config.sections import ModelConfig
-from lightrft.errors import ConfigError, nearest
+from lightrft.errors import ConfigError
 from lightrft.models.installed import require_transformers
 from lightrft.models.tokenizer import ModelTokenizer, build_character_tokenizer
 
@@ -109,9 +110,11 @@ def _architecture_config(config: ModelConfig, tokenizer: ModelTokenizer) -> PreT
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    known = cast("Iterable[str]", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    known = cast("Mapping[str, object]", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     if config.architecture not in known:
-        raise ConfigError(f"architecture={config.architecture!r} is not known; {nearest(config.architecture, known)}.")
+        # Nearly two hundred exist: a few near ones help more than all of them.
+        close = difflib.get_close_matches(config.architecture, known, n=5, cutoff=0.4) or ["qwen3", "llama"]
+        raise ConfigError(f"architecture={config.architecture!r} is not known; near ones: {', '.join(close)}.")
     default = AutoConfig.for_model(config.architecture)
     settings = {
         **_sizes(config, default),

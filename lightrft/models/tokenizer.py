@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol, cast
 
 from lightrft.errors import ConfigError, DataError
@@ -50,9 +50,9 @@ class ModelTokenizer(Tokenizer, SavesTokenizer, Protocol):
 def build_character_tokenizer(alphabet: str = "") -> ModelTokenizer:
     """Return a tokenizer whose tokens are single characters.
 
-    Ids are those of `PAD_TOKEN` (0), `EOS_TOKEN` (1) and then the characters in the order of the alphabet. Encoding adds
-    no special token and reads "<eos>" in a text as five characters; decoding what was encoded gives the same text. A
-    character outside of the alphabet is an error and never an unknown token: `encode_text` names it.
+    Ids are those of `PAD_TOKEN` (0), `EOS_TOKEN` (1) and then the characters in the order of the alphabet. Encoding
+    adds no special token and reads "<eos>" in a text as five characters; decoding what was encoded gives the same text.
+    A character outside of the alphabet is an error and never an unknown token: `encode_text` names it.
 
     Args:
         alphabet: the characters, each once; empty takes `PRINTABLE_ASCII`.
@@ -103,32 +103,35 @@ def encode_text(tokenizer: Tokenizer, text: str, *, where: str) -> list[int]:
         >>> encode_text(build_character_tokenizer("ab"), "abba", where="prompts[0]")
         [2, 3, 3, 2]
     """
-    token_ids = _known_ids(tokenizer, text)
-    if token_ids is not None:
+    token_ids = _ids(tokenizer, text)
+    if token_ids is not None and not _has_unknown(tokenizer, token_ids):
         return token_ids
-    unknown = next(_unknown_characters(tokenizer, text), text)
-    codes = " ".join(f"U+{ord(character):04X}" for character in unknown[:_SHOWN])
+    unknown = next((character for character in text if not _is_known(tokenizer, character)), None)
+    if unknown is None and token_ids is not None:
+        return token_ids  # the text spells the unknown token itself out
     place = where if len(where) <= _SHOWN else where[: _SHOWN - 3] + "..."
     raise DataError(
-        f"{place!r} holds {unknown!r} ({codes}), which the tokenizer does not know; "
+        f"{place!r} holds {unknown!r}, which the tokenizer does not know; "
         "take it out, or add it to model.alphabet if the model is built here."
     )
 
 
-def _known_ids(tokenizer: Tokenizer, text: str) -> list[int] | None:
-    """Return the ids, or None if the tokenizer cannot express the text."""
+def _ids(tokenizer: Tokenizer, text: str) -> list[int] | None:
+    """Return the ids, or None if the tokenizer refuses the text."""
     try:
-        token_ids = tokenizer.encode(text, add_special_tokens=False)
+        return tokenizer.encode(text, add_special_tokens=False)
     except Exception:  # noqa: BLE001 (tokenizers raises bare Exception, and TypeError for half a surrogate pair)
         return None
+
+
+def _has_unknown(tokenizer: Tokenizer, token_ids: list[int]) -> bool:
     unknown_id: int | None = getattr(tokenizer, "unk_token_id", None)
-    # GPT-2's kind names its end token as the unknown one; its bytes can express everything.
-    is_own_token = unknown_id is not None and unknown_id != tokenizer.eos_token_id
-    return None if is_own_token and unknown_id in token_ids else token_ids
+    return unknown_id is not None and unknown_id in token_ids
 
 
-def _unknown_characters(tokenizer: Tokenizer, text: str) -> Iterator[str]:
-    return (character for character in text if _known_ids(tokenizer, character) is None)
+def _is_known(tokenizer: Tokenizer, character: str) -> bool:
+    token_ids = _ids(tokenizer, character)
+    return token_ids is not None and not _has_unknown(tokenizer, token_ids)
 
 
 def _check_alphabet(characters: str) -> None:

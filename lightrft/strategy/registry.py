@@ -31,7 +31,7 @@ def _build_single(config: StrategyConfig) -> Strategy:
     return assemble(
         collectives=collectives,
         training=training,
-        checkpointing=build_checkpointing(collectives=collectives, training=training),
+        checkpointing=build_checkpointing(collectives=collectives, unwrap_model=training.unwrap_model),
         rollout=build_rollout(
             config,
             find_engine=find_engine,

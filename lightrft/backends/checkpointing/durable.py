@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -57,7 +57,7 @@ class FileRecord:
 
 
 @contextmanager
-def disk_errors(setting: str, path: Path, *, advice: str) -> Iterator[None]:
+def disk_errors(setting: str, path: Path, *, advice: str) -> Generator[None, None, None]:
     """Turn an error of the file system into one line.
 
     Args:
@@ -148,7 +148,7 @@ def make_directory(path: Path) -> None:
 
 
 @contextmanager
-def staging(target: Path) -> Iterator[Path]:
+def staging(target: Path) -> Generator[Path, None, None]:
     """Yield an empty directory to fill, which `commit` moves to `target`; what is left afterwards is removed.
 
     Args:
@@ -219,7 +219,7 @@ def remove_leftovers(parent: Path, name: str) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[bool]:
+def _locked(path: Path) -> Generator[bool, None, None]:
     """Yield whether this process holds the directory's advisory lock; file systems without locks hold none."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -24,6 +24,7 @@ from lightrft.backends.checkpointing.durable import (
 )
 from lightrft.backends.checkpointing.lossless import as_dict, loads
 from lightrft.backends.checkpointing.named import NamedState, describe, difference, named_state
+from lightrft.backends.checkpointing.randomness import set_up_quietly
 from lightrft.backends.checkpointing.restore import copy_plan
 from lightrft.backends.checkpointing.tensor_files import read_tensors, safetensors_chunks
 from lightrft.errors import CheckpointError
@@ -54,7 +55,7 @@ def build_save_model(collectives: Collectives, unwrap_model: UnwrapModel) -> Sav
         model: nn.Module, output_dir: str | os.PathLike[str], *, tokenizer: SavesTokenizer | None = None
     ) -> Path:
         plain = unwrap_model(model)
-        is_first = collectives.setup_distributed().rank == 0
+        is_first = set_up_quietly(collectives).rank == 0
 
         def save() -> dict[str, Json]:
             if is_first:
@@ -79,7 +80,7 @@ def build_load_model(collectives: Collectives, unwrap_model: UnwrapModel) -> Loa
 
     def load_model(model: nn.Module, load_dir: str | os.PathLike[str]) -> None:
         plain = unwrap_model(model)
-        collectives.setup_distributed()
+        set_up_quietly(collectives)
         directory = Path(load_dir)
         saved: dict[str, torch.Tensor] = {}
 

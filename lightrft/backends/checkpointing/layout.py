@@ -82,9 +82,10 @@ def require_entry_names(names: Iterable[str]) -> None:
     """
     seen: dict[str, str] = {}
     for name in names:
-        if not isinstance(name, str) or re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name) is None:
+        if re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", str(name)) is None:
             raise ConfigError(
-                f"model={name!r} is no name for a model; use letters, digits and underscores, a letter first, 64 at most."
+                f"model={name!r} is no name for a model; use letters, digits and underscores, a letter first, "
+                "at most 64."
             )
         other = seen.setdefault(name.lower(), name)
         if other != name:

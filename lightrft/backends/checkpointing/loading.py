@@ -26,9 +26,9 @@ from lightrft.backends.checkpointing.layout import (
 from lightrft.backends.checkpointing.lossless import as_dict, decode, loads
 from lightrft.backends.checkpointing.manifest import Manifest, read_manifest, verify_checkpoint
 from lightrft.backends.checkpointing.named import difference
-from lightrft.backends.checkpointing.randomness import plan_streams
+from lightrft.backends.checkpointing.randomness import plan_streams, set_up_quietly
 from lightrft.backends.checkpointing.restore import apply_plans, plan_entry
-from lightrft.errors import CheckpointError
+from lightrft.errors import CheckpointError, LightRFTError
 from lightrft.strategy.protocols.checkpointing import Checkpointable, Json, LatestCkpt, LoadCkpt, LoadedCheckpoint
 from lightrft.strategy.protocols.collectives import Collectives, World
 from lightrft.strategy.protocols.training import UnwrapModel
@@ -63,8 +63,7 @@ def build_load_ckpt(collectives: Collectives, unwrap_model: UnwrapModel) -> Load
         step: int | None = None,
     ) -> LoadedCheckpoint:
         entries = entries_of(model, optimizer, scheduler, unwrap_model=unwrap_model)
-        # before the random streams are restored, since the first set-up seeds them
-        world = collectives.setup_distributed()
+        world = set_up_quietly(collectives)
         directory = Path(load_dir)
 
         def choose() -> dict[str, Json]:
@@ -101,13 +100,22 @@ def _load(
             verify_checkpoint(path, manifest)
         except CheckpointError as error:
             raise CheckpointError(f"{error}{_older(directory, step)}") from error
-        actions.append(_plan(path, manifest, entries, world))
-        client_state.update(_client_state(path))
+        try:
+            actions.append(_plan(path, manifest, entries, world))
+            client_state.update(_client_state(path))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, LightRFTError):
+                raise
+            raise CheckpointError(f"{path} has not the form of a checkpoint ({error!r}); load another one.") from error
+        return {}
+
+    def apply() -> dict[str, Json]:
+        for action in actions:
+            action()
         return {}
 
     together(collectives, prepare)
-    for action in actions:
-        action()
+    together(collectives, apply)
     return LoadedCheckpoint(path=path, step=step, client_state=client_state)
 
 
@@ -139,7 +147,7 @@ def _require_files(path: Path, manifest: Manifest, entries: Sequence[Entry]) -> 
 def _client_state(path: Path) -> dict[str, Json]:
     file = path / CLIENT_STATE
     state = as_dict(loads(file.read_bytes(), source=str(file)), source=str(file))
-    return cast("dict[str, Json]", as_dict(cast("Json", decode(state)), source=str(file)))
+    return as_dict(cast("Json", decode(state)), source=str(file))
 
 
 def _older(directory: Path, step: int) -> str:

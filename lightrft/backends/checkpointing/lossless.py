@@ -1,8 +1,8 @@
 """Python values as strict JSON and back, without losing a bit.
 
-Numbers that JSON does not have, and types that it does not have, become objects with one key that starts with "$". What a
-user passes is held to JSON's own types; what torch keeps in optimizers and schedules may also be tuples, counters,
-dictionaries with other keys, and tensors of one element.
+Numbers and types that JSON does not have become objects with one key that starts with "$". What a user passes is held
+to JSON's own types; what torch keeps in optimizers and schedules may also be tuples, counters, dictionaries with other
+keys, and tensors of one element.
 """
 
 from __future__ import annotations
@@ -156,7 +156,8 @@ def _encode_plain(value: object, path: str, encode: _Encode) -> Json:
     if isinstance(value, list):
         return [encode(item, f"{path}[{index}]") for index, item in enumerate(cast("list[object]", value))]
     raise ConfigError(
-        f"{path} is a {type(value).__name__}, which JSON cannot hold; pass numbers, strings, booleans, None, lists and dicts."
+        f"{path} is a {type(value).__name__}, which JSON cannot hold; "
+        "pass numbers, strings, booleans, None, lists and dicts."
     )
 
 

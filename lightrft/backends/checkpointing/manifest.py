@@ -83,7 +83,8 @@ def read_manifest(directory: Path, *, step: int) -> Manifest:
     version = content.get("version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} is of format version {version!r}, and this lightrft reads {FORMAT_VERSION}; install the lightrft that wrote it."
+            f"{path} is of format version {version!r}, and this lightrft reads {FORMAT_VERSION}; "
+            "install the lightrft that wrote it."
         )
     if content.get("step") != step:
         raise CheckpointError(f"{path} is of step {content.get('step')!r}, not {step}; load another checkpoint.")

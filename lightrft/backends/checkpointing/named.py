@@ -92,7 +92,9 @@ def _all_names(model: nn.Module, *, owner: str) -> Iterator[tuple[str, torch.Ten
             raise UnsupportedError(
                 f"{owner}.{prefix} ({type(module).__name__}) keeps extra state outside its tensors; make it a buffer."
             )
-        transient = module._non_persistent_buffers_set  # noqa: SLF001 (torch has no public way to ask)
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):  # noqa: SLF001 (`named_parameters` drops None and order)
+        # torch has no public way to ask for what is persistent, nor for tied tensors in the order of their modules
+        transient = module._non_persistent_buffers_set  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        own = (*module._parameters.items(), *module._buffers.items())  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        for name, tensor in own:
             if tensor is not None and name not in transient:
                 yield f"{prefix}.{name}" if prefix else name, tensor

@@ -1,10 +1,10 @@
-"""The random streams of one process, as JSON: Python's, numpy's (if it is loaded), torch's, and that of the CUDA device."""
+"""The random streams of one process, as JSON: Python's, numpy's (if it is loaded), torch's, and the CUDA device's."""
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -14,8 +14,9 @@ from lightrft.backends.checkpointing.layout import random_file
 from lightrft.backends.checkpointing.lossless import as_dict, decode, encode_internal, loads
 from lightrft.errors import CheckpointError
 from lightrft.strategy.protocols.checkpointing import Json
+from lightrft.strategy.protocols.collectives import Collectives, World
 
-__all__ = ["capture_streams", "plan_streams"]
+__all__ = ["capture_streams", "plan_streams", "set_up_quietly"]
 
 
 def capture_streams() -> dict[str, Json]:
@@ -26,7 +27,7 @@ def capture_streams() -> dict[str, Json]:
     }
     if "numpy" in sys.modules:
         streams["numpy"] = _capture_numpy()
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         streams["cuda"] = _hex(torch.cuda.get_rng_state())
     return streams
 
@@ -35,8 +36,8 @@ def plan_streams(directory: Path, *, rank: int, world_size: int) -> Callable[[],
     """Return a function that restores this rank's streams; the states are checked here, on streams that nobody uses.
 
     A rank that the saved run did not have keeps the streams that it was set up with: they are its own, and nothing drew
-    from them. Streams are never copied from one rank to another. A stream that one of the two processes lacks (numpy not
-    loaded, no CUDA device) stays as it is.
+    from them. Streams are never copied from one rank to another. A stream that one of the two processes lacks (numpy is
+    not loaded, there is no CUDA device) stays as it is.
 
     Args:
         directory: the checkpoint.
@@ -51,15 +52,33 @@ def plan_streams(directory: Path, *, rank: int, world_size: int) -> Callable[[],
     path = directory / random_file(rank)
     streams = as_dict(loads(path.read_bytes(), source=str(path)), source=str(path))
     try:
-        restore = [_plan_python(streams["python"]), _plan_torch(streams["torch"])]
-        if "numpy" in streams and "numpy" in sys.modules:
-            restore.append(_plan_numpy(streams["numpy"]))
-        if "cuda" in streams and torch.cuda.is_available():
-            restore.append(_plan_cuda(streams["cuda"]))
+        return _plan(streams)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} holds no state of a random stream ({error}); load another checkpoint."
         ) from error
+
+
+def set_up_quietly(collectives: Collectives) -> World:
+    """Return this process's place in the world, its random streams as they were.
+
+    The first set-up of a process seeds them, and so does one after the user's own `torch.manual_seed`; saving must not.
+
+    Args:
+        collectives: what the ranks do together.
+    """
+    restore_streams = _plan(capture_streams())
+    world = collectives.setup_distributed()
+    restore_streams()
+    return world
+
+
+def _plan(streams: Mapping[str, Json]) -> Callable[[], None]:
+    restore = [_plan_python(streams["python"]), _plan_torch(streams["torch"])]
+    if "numpy" in streams and "numpy" in sys.modules:
+        restore.append(_plan_numpy(streams["numpy"]))
+    if "cuda" in streams and torch.cuda.is_available():
+        restore.append(_plan_cuda(streams["cuda"]))
 
     def restore_streams() -> None:
         for action in restore:
@@ -83,13 +102,13 @@ def _from_hex(state: Json) -> torch.Tensor:
 def _capture_numpy() -> Json:
     import numpy as np
 
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002 (numpy's global stream)
     return encode_internal([name, [int(key) for key in keys], int(position), int(has_gauss), float(gauss)], "numpy")
 
 
 def _plan_python(state: Json) -> Callable[[], None]:
     decoded = cast("tuple[object, ...]", decode(state))
-    random.Random().setstate(decoded)
+    random.Random().setstate(decoded)  # noqa: S311 (no secret)
 
     def restore() -> None:
         random.setstate(decoded)
@@ -115,7 +134,7 @@ def _plan_numpy(state: Json) -> Callable[[], None]:
     np.random.RandomState().set_state(decoded)
 
     def restore() -> None:
-        np.random.set_state(decoded)
+        np.random.set_state(decoded)  # noqa: NPY002 (numpy's global stream)
 
     return restore
 

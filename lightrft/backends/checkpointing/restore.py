@@ -1,4 +1,4 @@
-"""Restoring one entry: everything is read, checked and built first, and applied only when nothing can be refused any more."""
+"""Restoring one entry: all is read, checked and built first, and applied when nothing can be refused any more."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def apply_plans(plans: Sequence[RestorePlan], *, source: Path) -> None:
 
 
 def copy_plan(live: torch.Tensor, saved: torch.Tensor, what: str) -> Callable[[], None]:
-    """Return a function that copies a saved tensor into a live one of the same shape and dtype, which keeps its identity.
+    """Return a function that copies a saved tensor into a live one of its shape and dtype, which keeps its identity.
 
     Args:
         live: where to.
@@ -148,8 +148,8 @@ def _plan_optimizer(
     saved = record.get("optimizer")
     if (saved is None) != (entry.optimizer is None):
         raise CheckpointError(
-            f"{record_path} has {'no' if saved is None else 'an'} optimizer and the call has {'an' if saved is None else 'none'}; "
-            "pass what was saved."
+            f"{record_path} has {'no' if saved is None else 'an'} optimizer and the call has "
+            f"{'one' if saved is None else 'none'}; pass what was saved."
         )
     if saved is None or entry.optimizer is None:
         return []
@@ -201,7 +201,7 @@ def _like(saved: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _set_options(group: dict[str, object], options: Mapping[str, object], optimizer: Optimizer) -> Callable[[], None]:
-    # an option that a newer torch brought keeps its default; anything else that was not saved belongs to the state that goes
+    # an option that a newer torch brought keeps its default; what else was not saved belongs to the state that goes
     kept = {key: value for key, value in options_of(group).items() if key in optimizer.defaults and key not in options}
 
     def set_options() -> None:
@@ -225,8 +225,8 @@ def _set_state(optimizer: Optimizer, parameter: torch.Tensor, state: dict[str, o
 def _plan_schedule(entry: Entry, saved: Json, path: Path, tensors: Sequence[Callable[[], None]]) -> RestorePlan:
     if (saved is None) != (entry.scheduler is None):
         raise CheckpointError(
-            f"{path} has {'no' if saved is None else 'a'} schedule and the call has {'one' if saved is None else 'none'}; "
-            "pass what was saved."
+            f"{path} has {'no' if saved is None else 'a'} schedule and the call has "
+            f"{'one' if saved is None else 'none'}; pass what was saved."
         )
     if entry.scheduler is None:
         return RestorePlan(schedule=_nothing, undo_schedule=_nothing, tensors=tensors)
@@ -256,7 +256,8 @@ def _require_defaults(saved: Sequence[str], optimizer: Optimizer, path: Path) ->
     unknown = [key for key in saved if key not in optimizer.defaults]
     if unknown:
         raise CheckpointError(
-            f"{path} is of an optimizer with {', '.join(unknown)}, which {type(optimizer).__name__} lacks; use the same optimizer."
+            f"{path} is of an optimizer with {', '.join(unknown)}, which {type(optimizer).__name__} lacks; "
+            "use the same optimizer."
         )
 
 

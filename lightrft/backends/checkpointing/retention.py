@@ -15,8 +15,8 @@ __all__ = ["keep_newest"]
 def keep_newest(directory: Path, *, max_num: int, just_saved: int) -> None:
     """Remove all checkpoints but the newest, oldest first; call it after a commit alone.
 
-    Only a real directory that carries a manifest of ours of its own step is ever removed, or counted: symbolic links and
-    what others left there stay, whatever their names.
+    Only a real directory that carries a manifest of ours of its own step is ever removed, or counted: symbolic links
+    and what others left there stay, whatever their names.
 
     Args:
         directory: directory of all checkpoints of the run.

@@ -1,4 +1,4 @@
-"""`save_ckpt`: every rank writes its own files, all agree that they are durable, and one rename makes the checkpoint."""
+"""`save_ckpt`: every rank writes its own files, all agree that they are durable, one rename makes the checkpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import attrs
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -33,7 +32,7 @@ from lightrft.backends.checkpointing.layout import (
 )
 from lightrft.backends.checkpointing.lossless import as_dict, dumps, encode_client_state
 from lightrft.backends.checkpointing.manifest import Manifest, render_manifest
-from lightrft.backends.checkpointing.randomness import capture_streams
+from lightrft.backends.checkpointing.randomness import capture_streams, set_up_quietly
 from lightrft.backends.checkpointing.retention import keep_newest
 from lightrft.backends.checkpointing.state import entry_files
 from lightrft.errors import CheckpointError, ConfigError
@@ -84,7 +83,7 @@ def build_save_ckpt(collectives: Collectives, unwrap_model: UnwrapModel) -> Save
             step=step,
             max_num=max_num,
         )
-        return _save(request, collectives.setup_distributed(), collectives)
+        return _save(request, set_up_quietly(collectives), collectives)
 
     return save_ckpt
 
@@ -171,5 +170,5 @@ def _finish(request: _Request, content: Path, target: Path, manifest: Manifest) 
 
 
 def _require_whole(setting: str, value: int | None, *, at_least: int) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < at_least):
+    if value is not None and (type(value) is not int or value < at_least):
         raise ConfigError(f"{setting}={value!r} is not a whole number of at least {at_least}; use one, or None.")

@@ -1,7 +1,7 @@
 """The state of one entry, flat: three tables of tensors by name, and the rest as JSON.
 
-Optimizer tensors are called `<key>.<parameter name>` (`exp_avg.layers.0.weight`), so that they do not depend on the order
-in which an optimizer was given its parameters.
+Optimizer tensors are called `<key>.<parameter name>` (`exp_avg.layers.0.weight`), so that they do not depend on the
+order in which an optimizer was given its parameters.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Tensors in safetensors files, of any dtype, stride, shape and sharing.
 
-The writer streams one tensor at a time, so that a model on a device needs main memory for its largest tensor alone, and the
-digest is taken while the bytes pass. Dtypes that the format does not know are stored as bytes, their names in the metadata.
+The writer streams one tensor at a time, so that a model on a device needs main memory for its largest tensor alone, and
+the digest is taken while the bytes pass. Dtypes that the format does not know are stored as bytes, their names in the
+metadata.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def require_plain(tensor: torch.Tensor, name: str) -> None:
         raise UnsupportedError(f"{name} is sparse or quantized (layout {tensor.layout}); save a dense tensor.")
     if tensor.is_meta:
         raise UnsupportedError(f"{name} is on the meta device and has no values; give it memory first (`to_empty`).")
-    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+    if getattr(type(tensor), "__torch_dispatch__") is not getattr(torch.Tensor, "__torch_dispatch__"):  # noqa: B009 (pyright binds it)
         raise UnsupportedError(f"{name} is a {type(tensor).__name__}, which wraps other tensors; unwrap it first.")
 
 
@@ -69,7 +70,7 @@ def safetensors_chunks(
         tensors: by name; those that share memory are written each for itself.
         metadata: strings of the header.
     """
-    # the largest elements first: then every tensor starts at a multiple of its element size, which readers that map the file need
+    # the largest elements first: then every tensor starts at a multiple of its element size, as mapping readers need it
     names = sorted(tensors, key=_alignment(tensors))
     header = dumps(_header({name: tensors[name] for name in names}, metadata or {})).rstrip()
     header += b" " * (-len(header) % 8)

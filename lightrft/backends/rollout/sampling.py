@@ -110,7 +110,7 @@ def _draw(probs_BV: torch.Tensor, uniforms_B: torch.Tensor, params: SamplingPara
 def _invert(masses_BC: torch.Tensor, uniforms_B1: torch.Tensor) -> torch.Tensor:
     """Return the first column (B, 1) whose cumulative mass exceeds the uniform share of the whole: never one of mass 0.
 
-    The clamp is for rows that hold a nan, which the caller reports.
+    The clamps, here and below, are for rows that hold a nan, which the caller reports.
     """
     cumulative_BC = masses_BC.cumsum(-1, dtype=torch.float64)
     targets_B1 = cumulative_BC[:, -1:] * uniforms_B1
@@ -129,7 +129,8 @@ def _invert_blocked(probs_BV: torch.Tensor, uniforms_B1: torch.Tensor) -> torch.
     columns_BC = blocks_B1 * _BLOCK + torch.arange(_BLOCK, device=probs_BV.device)
     inside_BC = probs_BV.gather(1, columns_BC.clamp(max=probs_BV.shape[-1] - 1)).double()
     inside_BC = inside_BC.masked_fill_(columns_BC >= probs_BV.shape[-1], 0.0)
-    return columns_BC.gather(1, _find(inside_BC.cumsum(-1), targets_B1 - below_B1))
+    tokens_B1 = columns_BC.gather(1, _find(inside_BC.cumsum(-1), targets_B1 - below_B1))
+    return tokens_B1.clamp_(max=probs_BV.shape[-1] - 1)
 
 
 def _find(cumulative_BC: torch.Tensor, targets_B1: torch.Tensor) -> torch.Tensor:

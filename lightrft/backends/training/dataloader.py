@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from lightrft.data.sampler import ResumableSampler
 from lightrft.errors import ConfigError
 from lightrft.strategy.protocols.training import SetupDataloader
 
@@ -33,10 +34,8 @@ def build_setup_dataloader(*, seed: int, rank: int, world_size: int) -> SetupDat
         collate_fn: Callable[[list[_Sample]], object] | None = None,
         drop_last: bool = True,
     ) -> DataLoader[_Sample]:
-        from lightrft.data.sampler import ResumableSampler
-
         size = _checked_size(dataset, least=batch_size * world_size if drop_last else 1)
-        sampler = ResumableSampler(size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
+        sampler = ResumableSampler(size=size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
         # a loader draws a number whenever it is iterated; from a stream of its own, so that resuming costs no draw
         generator = torch.Generator().manual_seed(seed)
         return DataLoader(

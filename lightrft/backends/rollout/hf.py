@@ -1,0 +1,118 @@
+"""The engine "hf": completions of a transformers model in this process, by its own copy of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, cast
+
+import attrs
+import torch
+
+from lightrft.backends.rollout.generation import TokenGenerator, build_token_generator
+from lightrft.backends.rollout.lifecycle import guarded
+from lightrft.backends.rollout.weights import ModelCopy, check_coverage, copy_model, write_tensors
+from lightrft.errors import UnsupportedError
+from lightrft.strategy.protocols.rollout import Completion, Engine, EngineHandle, EngineSource, Prompt, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lightrft.config.sections import EngineConfig
+
+__all__ = ["build_hf"]
+
+
+@attrs.define(kw_only=True, eq=False)
+class _State:
+    weights: ModelCopy
+    generator: TokenGenerator
+    device: torch.device
+
+
+def build_hf(config: EngineConfig) -> Engine:
+    """Return the engine "hf".
+
+    It takes any causal language model of transformers; Llama, Qwen2 and Qwen3 are decoded by functions of ours that
+    read the model's weights, all others by the model's own forward. Asleep, its weights lie in main memory.
+
+    Args:
+        config: `batch_size` bounds the sequences that are decoded at once.
+    """
+
+    def start(source: EngineSource) -> EngineHandle:
+        if not hasattr(source.model, "get_decoder"):
+            raise UnsupportedError(
+                f"model={type(source.model).__name__} is no causal language model of transformers, which the engine "
+                "'hf' needs; use the engine 'scripted' or one of your own."
+            )
+        weights = copy_model(source.model)
+        generator = build_token_generator(cast("PreTrainedModel", weights.model), max_batch_size=config.batch_size)
+        device = next(iter(weights.tensors.values())).device
+        state = _State(weights=weights, generator=generator, device=device)
+        return EngineHandle(engine=engine, status="awake", weight_version=0, state=state)
+
+    def generate(handle: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
+        for index, prompt in enumerate(prompts):
+            if prompt.images:
+                raise UnsupportedError(f"prompts[{index}] has images and the engine 'hf' takes text; leave them out.")
+        sequences = _state(handle).generator.generate([prompt.token_ids for prompt in prompts], sampling)
+        return [
+            Completion(
+                prompt_ids=prompts[sequence.prompt_index].token_ids,
+                token_ids=sequence.token_ids,
+                logprobs=sequence.logprobs,
+                finish_reason=sequence.finish_reason,
+                weight_version=handle.weight_version,
+                sample_index=sequence.sample_index,
+            )
+            for sequence in sequences
+        ]
+
+    def begin_update(handle: EngineHandle) -> None:
+        _state(handle).weights.written.clear()
+
+    def put(handle: EngineHandle, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        write_tensors(_state(handle).weights, tensors)
+
+    def commit(handle: EngineHandle) -> int:
+        check_coverage(_state(handle).weights)
+        _state(handle).generator.refresh()
+        return handle.weight_version + 1
+
+    def abort(handle: EngineHandle) -> None:
+        del handle  # what was written stays; the status keeps it from being used
+
+    def sleep(handle: EngineHandle) -> None:
+        state = _state(handle)
+        state.generator.release()
+        state.weights.model.to("cpu")
+
+    def wake(handle: EngineHandle) -> None:
+        state = _state(handle)
+        state.weights.model.to(state.device)
+        state.generator.refresh()
+
+    def flush_cache(handle: EngineHandle) -> None:
+        del handle  # a key-value cache lives as long as one call of generate
+
+    def close(handle: EngineHandle) -> None:
+        handle.state = None
+
+    engine = Engine(
+        start=start,
+        generate=generate,
+        begin_update=begin_update,
+        put=put,
+        commit=commit,
+        abort=abort,
+        sleep=sleep,
+        wake=wake,
+        flush_cache=flush_cache,
+        close=close,
+    )
+    return guarded(engine)
+
+
+def _state(handle: EngineHandle) -> _State:
+    assert isinstance(handle.state, _State)  # noqa: S101 (the handle was made by `start` above)
+    return handle.state

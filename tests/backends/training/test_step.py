@@ -1,0 +1,378 @@
+"""Backward and optimizer step under "single", held against a loop written in raw PyTorch.
+
+B batch, H features
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lightrft.backends.training.schedule import build_schedule
+from lightrft.backends.training.single import build_training
+from lightrft.errors import StepError
+from lightrft.strategy.config import StrategyConfig
+
+LAWS = settings(deadline=None, max_examples=25)
+
+
+def training(**changes):
+    return build_training(StrategyConfig(**{"strategy": "single", **changes}))
+
+
+def network(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 1)).to(dtype)
+
+
+def samples(count: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, generator=generator, dtype=dtype), torch.randn(
+        count, 1, generator=generator, dtype=dtype
+    )
+
+
+def mean_loss(model: nn.Module, inputs_BH: torch.Tensor, targets_B1: torch.Tensor) -> torch.Tensor:
+    return (model(inputs_BH) - targets_B1).square().mean()
+
+
+def raw_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """One step as one would write it without a strategy; returns the norm before clipping."""
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def raw_adamw(model: nn.Module, lr: float = 0.01) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Every bit that training may change: parameters, optimizer state, learning rates."""
+    bits = {f"parameter {name}": value.clone() for name, value in model.state_dict().items()}
+    for number, state in enumerate(optimizer.state.values()):
+        bits |= {f"state {number} {key}": torch.as_tensor(value).clone() for key, value in state.items()}
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return bits | {"rates": torch.tensor(rates, dtype=torch.float64)}
+
+
+def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    different = [name for name, value in expected.items() if not torch.equal(found[name], value)]
+    assert not different
+
+
+def assert_close(model: nn.Module, expected: nn.Module, tolerance: float = 1e-9) -> None:
+    for (name, parameter), reference in zip(model.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(
+            parameter,
+            reference,
+            rtol=tolerance,
+            atol=tolerance,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.05, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_steps_equal_the_raw_loop_bit_for_bit(dtype, max_norm):
+    """Ten steps with clipping off, on and out of reach give the bits of the raw loop, with its norms."""
+    model, reference = network(dtype=dtype), network(dtype=dtype)
+    strategy = training(max_norm=max_norm)
+    optimizer, raw_optimizer = strategy.create_optimizer(model, lr=0.01), raw_adamw(reference)
+    batch = samples(8, dtype=dtype)
+    for _ in range(10):
+        strategy.backward(mean_loss(model, *batch), model, optimizer)
+        result = strategy.optimizer_step(optimizer, model, None)
+        norm = raw_step(reference, raw_optimizer, mean_loss(reference, *batch), max_norm)
+        assert result.stepped
+        assert result.skipped_reason is None
+        assert result.grad_norm == norm.item()
+        assert result.learning_rate == 0.01
+    assert_same_bits(snapshot(model, optimizer), snapshot(reference, raw_optimizer))
+
+
+@LAWS
+@given(micro=st.integers(1, 4), steps=st.integers(1, 4), max_norm=st.sampled_from([0.0, 0.1]))
+def test_equal_micro_batches_give_the_step_of_the_whole_batch(micro, steps, max_norm):
+    """K micro-batches of one size and one batch of all their samples give the same step."""
+    model, reference = network(), network()
+    strategy = training(micro_train_batch_size=micro, train_batch_size=micro * steps, max_norm=max_norm)
+    optimizer, raw_optimizer = strategy.create_optimizer(model, lr=0.01), raw_adamw(reference)
+    for window in range(2):
+        inputs_BH, targets_B1 = samples(micro * steps, seed=window)
+        for part in range(steps):
+            chosen = slice(part * micro, (part + 1) * micro)
+            strategy.backward(mean_loss(model, inputs_BH[chosen], targets_B1[chosen]), model, optimizer)
+            result = strategy.optimizer_step(optimizer, model, None)
+            assert result.stepped == (part == steps - 1)
+        norm = raw_step(reference, raw_optimizer, mean_loss(reference, inputs_BH, targets_B1), max_norm)
+        assert result.grad_norm == pytest.approx(norm.item(), rel=1e-9)
+    assert_close(model, reference)
+
+
+@LAWS
+@given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=5), seed=st.integers(0, 99))
+def test_weighted_steps_do_not_depend_on_the_partition(sizes, seed):
+    """With weights that are shares of the whole, any partition of the samples gives the step of one batch."""
+    model, reference = network(), network()
+    strategy = training(max_norm=0.1)
+    optimizer, raw_optimizer = strategy.create_optimizer(model, lr=0.01), raw_adamw(reference)
+    inputs_BH, targets_B1 = samples(sum(sizes), seed=seed)
+    parts = zip(inputs_BH.split(sizes), targets_B1.split(sizes), strict=True)
+    for number, (part_BH, part_B1) in enumerate(parts, start=1):
+        loss = mean_loss(model, part_BH, part_B1)
+        strategy.backward(loss, model, optimizer, weight=len(part_BH) / sum(sizes))
+        result = strategy.optimizer_step(optimizer, model, None, is_boundary=number == len(sizes))
+    assert result.stepped
+    raw_step(reference, raw_optimizer, mean_loss(reference, inputs_BH, targets_B1), 0.1)
+    assert_close(model, reference)
+
+
+@LAWS
+@given(steps=st.integers(2, 5), windows=st.integers(1, 3))
+def test_nothing_changes_inside_a_window(steps, windows):
+    """Before the window is complete no parameter, state or rate changes by a bit; then each steps exactly once."""
+    model = network()
+    strategy = training(train_batch_size=steps)
+    optimizer = strategy.create_optimizer(model, lr=0.01)
+    scheduler = build_schedule(optimizer, "linear", num_steps=10)
+    for window in range(windows):
+        before = snapshot(model, optimizer)
+        for part in range(1, steps + 1):
+            strategy.backward(mean_loss(model, *samples(2, seed=part)), model, optimizer)
+            result = strategy.optimizer_step(optimizer, model, scheduler)
+            if part < steps:
+                assert_same_bits(snapshot(model, optimizer), before)
+                assert (result.stepped, result.grad_norm, result.skipped_reason) == (False, None, None)
+        assert result.stepped
+        assert scheduler.last_epoch == window + 1
+        assert {int(state["step"]) for state in optimizer.state.values()} == {window + 1}
+        assert result.learning_rate == before["rates"][0].item()
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_position_travels_with_the_optimizer_s_state():
+    """A window that is interrupted, saved with `state_dict` and loaded elsewhere goes on where it was."""
+    strategy = training(train_batch_size=3)
+    model, resumed = network(), network()
+    optimizer, other = (strategy.create_optimizer(each, lr=0.01) for each in (model, resumed))
+    for part in range(2):
+        strategy.backward(mean_loss(model, *samples(2, seed=part)), model, optimizer)
+        assert not strategy.optimizer_step(optimizer, model, None).stepped
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for source, target in zip(model.parameters(), resumed.parameters(), strict=True):
+        target.grad = source.grad.clone()
+    for each, its_optimizer in ((model, optimizer), (resumed, other)):
+        strategy.backward(mean_loss(each, *samples(2, seed=2)), each, its_optimizer)
+        assert strategy.optimizer_step(its_optimizer, each, None).stepped
+    assert_same_bits(snapshot(resumed, other), snapshot(model, optimizer))
+
+
+@LAWS
+@given(max_norm=st.floats(1e-4, 10), scale=st.floats(1e-6, 1e25))
+def test_clipping_bounds_one_norm_over_all_parameters(max_norm, scale):
+    """After clipping, the norm over all parameters together is at most max_norm, and the direction is the gradient's."""
+    model = network()
+    strategy = training(max_norm=max_norm)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    loss = mean_loss(model, *samples(4)) * scale
+    gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    strategy.backward(loss, model, optimizer)
+    result = strategy.optimizer_step(optimizer, model, None)
+    moved = [old - new.detach() for old, new in zip(before, model.parameters(), strict=True)]
+    norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))
+    assert result.grad_norm == pytest.approx(norm, rel=1e-9)
+    assert math.sqrt(sum(step.square().sum().item() for step in moved)) <= max_norm * (1 + 1e-9)
+    share = min(1.0, max_norm / (norm + 1e-6))  # 1e-6 is torch's guard against a norm of zero
+    for step, gradient in zip(moved, gradients, strict=True):
+        torch.testing.assert_close(step, gradient * share, rtol=1e-9, atol=1e-12)
+
+
+def test_a_norm_that_overflows_single_precision_is_still_clipped():
+    """Finite gradients whose sum of squares overflows float32 are a large gradient, not one that is not finite."""
+    parameter = nn.Parameter(torch.zeros(2))
+    model = nn.ParameterList([parameter])
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    strategy = training(max_norm=1.0)
+    strategy.backward((parameter * torch.tensor([3e25, 4e25])).sum(), model, optimizer)
+    result = strategy.optimizer_step(optimizer, model, None)
+    assert result.stepped
+    assert result.grad_norm == pytest.approx(5e25)
+    torch.testing.assert_close(parameter.detach(), torch.tensor([-0.6, -0.8]))
+
+
+def test_norms_of_half_precision_gradients_are_taken_in_single_precision():
+    """Bfloat16 gradients are measured in float32, where a bfloat16 norm would lose its last digits."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 64).to(torch.bfloat16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    loss = model(torch.randn(8, 64, dtype=torch.bfloat16)).float().square().mean()
+    gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    strategy = training(max_norm=0.0)
+    strategy.backward(loss, model, optimizer)
+    norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients))
+    assert strategy.optimizer_step(optimizer, model, None).grad_norm == pytest.approx(norm, rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_gradient_that_is_not_finite_skips_the_step(bad, part):
+    """Parameters, state, rate and schedule stay as they are, the gradient is cleared, the window ends and says why."""
+    model = network()
+    strategy = training(train_batch_size=2)
+    optimizer = strategy.create_optimizer(model, lr=0.01)
+    scheduler = build_schedule(optimizer, "linear", num_steps=10)
+    for _ in range(2):
+        strategy.backward(mean_loss(model, *samples(2)), model, optimizer)
+        strategy.optimizer_step(optimizer, model, scheduler)
+    before = snapshot(model, optimizer)
+    for number in range(2):
+        loss = mean_loss(model, *samples(2)) * (bad if number == part else 1.0)
+        strategy.backward(loss, model, optimizer)
+        result = strategy.optimizer_step(optimizer, model, scheduler)
+    assert not result.stepped
+    assert not math.isfinite(result.grad_norm)
+    assert "'0.weight'" in result.skipped_reason
+    assert "skipped" in result.skipped_reason
+    assert_same_bits(snapshot(model, optimizer), before)
+    assert scheduler.last_epoch == 1
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for number in range(2):
+        strategy.backward(mean_loss(model, *samples(2)), model, optimizer)
+        assert strategy.optimizer_step(optimizer, model, scheduler).stepped == bool(number)
+
+
+def test_a_skip_is_reported_when_the_model_does_not_name_the_parameter():
+    """An optimizer over parameters that the model does not have still skips, and says so without a name."""
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    strategy = training()
+    strategy.backward((parameter * math.nan).sum(), nn.Linear(1, 1), optimizer)
+    result = strategy.optimizer_step(optimizer, nn.Linear(1, 1), None)
+    assert result.skipped_reason == "grad_norm=nan is not finite; the step was skipped."
+
+
+@LAWS
+@given(order=st.permutations(["actor"] * 4 + ["critic"] * 4))
+def test_two_optimizers_do_not_influence_one_another(order):
+    """Actor and critic, interleaved in any order, end with the bits that each has alone."""
+    strategy = training(train_batch_size=2)
+
+    def run(names: list[str]) -> dict[str, dict[str, torch.Tensor]]:
+        models = {"actor": network(0), "critic": network(5)}
+        optimizers = {name: strategy.create_optimizer(model, lr=0.01) for name, model in models.items()}
+        for name in names:
+            strategy.backward(mean_loss(models[name], *samples(2)), models[name], optimizers[name])
+            strategy.optimizer_step(optimizers[name], models[name], None)
+        return {name: snapshot(models[name], optimizers[name]) for name in models}
+
+    mixed, apart = run(order), run(sorted(order))
+    for name in ("actor", "critic"):
+        assert_same_bits(mixed[name], apart[name])
+
+
+def test_all_backwards_may_come_before_all_steps():
+    """Both backwards before both steps, in the other order, change nothing."""
+    strategy = training()
+    models = [network(0), network(5)]
+    optimizers = [strategy.create_optimizer(model, lr=0.01) for model in models]
+    references = [network(0), network(5)]
+    raw = [raw_adamw(reference) for reference in references]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        strategy.backward(mean_loss(model, *samples(2)), model, optimizer)
+    for model, optimizer in reversed(list(zip(models, optimizers, strict=True))):
+        assert strategy.optimizer_step(optimizer, model, None).stepped
+    for reference, optimizer in zip(references, raw, strict=True):
+        raw_step(reference, optimizer, mean_loss(reference, *samples(2)), 1.0)
+    for model, optimizer, reference, raw_optimizer in zip(models, optimizers, references, raw, strict=True):
+        assert_same_bits(snapshot(model, optimizer), snapshot(reference, raw_optimizer))
+
+
+def test_two_losses_of_one_micro_batch_add_up():
+    """Two backwards before one step are one micro-batch, whose gradient is that of the sum."""
+    model, reference = network(), network()
+    strategy = training(train_batch_size=2)
+    optimizer, raw_optimizer = strategy.create_optimizer(model, lr=0.01), raw_adamw(reference)
+    for seed in (0, 1):
+        for part in samples(2, seed=seed)[0].split(1):
+            strategy.backward(model(part).square().mean(), model, optimizer)
+        result = strategy.optimizer_step(optimizer, model, None)
+    assert result.stepped
+    loss = sum(reference(part).square().mean() / 2 for seed in (0, 1) for part in samples(2, seed=seed)[0].split(1))
+    raw_step(reference, raw_optimizer, loss, 1.0)
+    assert_close(model, reference)
+
+
+def test_two_strategies_of_equal_configs_can_be_swapped_between_any_two_calls():
+    """A run that changes its strategy before every call has the bits of a run with one."""
+
+    def run(strategies: list[object]) -> dict[str, torch.Tensor]:
+        model = network()
+        optimizer = strategies[0].create_optimizer(model, lr=0.01)
+        for part in range(6):
+            strategies[part % 2].backward(mean_loss(model, *samples(2, seed=part)), model, optimizer)
+            strategies[(part + 1) % 2].optimizer_step(optimizer, model, None)
+        return snapshot(model, optimizer)
+
+    one = training(train_batch_size=3)
+    assert_same_bits(run([one, training(train_batch_size=3)]), run([one, one]))
+
+
+def test_a_step_without_a_backward_is_refused():
+    """Optimizer_step needs a backward since the last one, also for an optimizer that is the user's own."""
+    model = network()
+    strategy = training(train_batch_size=2)
+    for optimizer in (strategy.create_optimizer(model), torch.optim.SGD(model.parameters(), lr=0.1)):
+        with pytest.raises(StepError, match="call backward"):
+            strategy.optimizer_step(optimizer, model, None)
+        strategy.backward(mean_loss(model, *samples(1)), model, optimizer)
+        strategy.optimizer_step(optimizer, model, None)
+        with pytest.raises(StepError, match="call backward"):
+            strategy.optimizer_step(optimizer, model, None)
+
+
+def test_a_loss_without_a_gradient_is_refused():
+    """A loss that is not 0-d, or asks for no gradient, is refused with what to do; so is a weight that is not finite."""
+    model = network()
+    strategy = training()
+    optimizer = strategy.create_optimizer(model)
+    with pytest.raises(StepError, match=r"loss has shape \(2, 1\)"):
+        strategy.backward(model(samples(2)[0]), model, optimizer)
+    with pytest.raises(StepError, match="no_grad"):
+        strategy.backward(mean_loss(model, *samples(2)).detach(), model, optimizer)
+    with pytest.raises(StepError, match="weight=nan"):
+        strategy.backward(mean_loss(model, *samples(2)), model, optimizer, weight=math.nan)
+
+
+def test_a_step_with_somebody_else_s_optimizer_is_refused():
+    """If the loss depends on no parameter of the optimizer, the step raises instead of doing nothing."""
+    model, other = network(0), network(5)
+    strategy = training()
+    optimizer = strategy.create_optimizer(other)
+    strategy.backward(mean_loss(model, *samples(2)), model, optimizer)
+    with pytest.raises(StepError, match="pass the model's own"):
+        strategy.optimizer_step(optimizer, model, None)
+
+
+def test_same_seed_same_bits():
+    """Two runs from one seed end with the same bits."""
+
+    def run() -> dict[str, torch.Tensor]:
+        model, strategy = network(), training(max_norm=0.1)
+        optimizer = strategy.create_optimizer(model, lr=0.01, weight_decay=0.1)
+        for part in range(4):
+            strategy.backward(mean_loss(model, *samples(3, seed=part)), model, optimizer)
+            strategy.optimizer_step(optimizer, model, None)
+        return snapshot(model, optimizer)
+
+    assert_same_bits(run(), run())
