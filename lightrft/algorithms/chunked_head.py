@@ -174,7 +174,7 @@ def chunk_rows(inputs: HeadInputs) -> Iterator[slice]:
     """Yield the rows of consecutive chunks, whose lengths differ by at most one.
 
     Example:
-        >>> inputs = check_head_inputs(torch.ones(300, 1), torch.ones(50_000, 1), torch.arange(300), 1.0)
+        >>> inputs = check_head_inputs(torch.ones(300, 1), torch.ones(70_000, 1), torch.arange(300), 1.0)
         >>> list(chunk_rows(inputs))
         [slice(0, 100, None), slice(100, 200, None), slice(200, 300, None)]
     """
@@ -310,7 +310,7 @@ def refuse_second_derivative() -> None:
     """
     if torch.is_grad_enabled():
         raise UnsupportedError(
-            "create_graph=True asks for a second derivative, which the chunked head has not; use log_softmax over all logits."
+            "create_graph=True asks for a second derivative, which the chunked head lacks; use torch.log_softmax."
         )
 
 

@@ -97,7 +97,7 @@ class _Recompute(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: PLR0917  # torch passes by position
+    def forward(
         ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, token_ids_N: Tensor, temperature: float, with_entropy: bool
     ) -> tuple[Tensor, Tensor]:
         inputs = HeadInputs(hidden_NH=hidden_NH, weight_VH=weight_VH, token_ids_N=token_ids_N, temperature=temperature)

@@ -68,8 +68,10 @@ def _lines(record: attrs.AttrsInstance, path: tuple[str, ...]) -> Iterator[str]:
 def _value(value: object, path: tuple[str, ...]) -> str:  # noqa: PLR0911  one line per type that TOML has
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, str) or hides(path[-1], value):
-        return quoted(HIDDEN if hides(path[-1], value) else value)
+    if hides(path[-1], value):
+        return quoted(HIDDEN)
+    if isinstance(value, str):
+        return quoted(value)
     if isinstance(value, int):
         return int.__repr__(value)
     if isinstance(value, float):

@@ -74,17 +74,19 @@ def build_model(config: ModelConfig, tokenizer: ModelTokenizer, *, seed: int) ->
     require_transformers()
     from transformers import AutoModelForCausalLM
 
-    architecture = _architecture_config(config, tokenizer)
+    _check_architecture(config.architecture)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         # transformers leaves its classmethods untyped
         from_config = cast("Callable[..., nn.Module]", AutoModelForCausalLM.from_config)
         try:
-            model = from_config(architecture, dtype=torch.float32)
+            model = from_config(_architecture_config(config, tokenizer), dtype=torch.float32)
+        except ConfigError:
+            raise
         except Exception as error:  # each architecture refuses sizes in its own way
             raise ConfigError(
-                f"architecture={config.architecture!r} cannot be built with these settings of model ({error}); "
-                "change hidden_size, num_heads or num_key_value_heads."
+                f"architecture={config.architecture!r} cannot be built with these settings of model ({_said(error)}); "
+                "change them, or use 'qwen3'."
             ) from error
     return cast("PreTrainedModel", model.eval())
 
@@ -106,15 +108,24 @@ def load_model_and_tokenizer(path: str) -> tuple[PreTrainedModel, ModelTokenizer
     return _load_model(path), _load_tokenizer(path)
 
 
-def _architecture_config(config: ModelConfig, tokenizer: ModelTokenizer) -> PreTrainedConfig:
-    from transformers import AutoConfig
+def _said(error: Exception) -> str:
+    """Return what an error says on one line of bounded length."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _check_architecture(name: str) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     known = cast("Mapping[str, object]", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    if config.architecture not in known:
+    if name not in known:
         # Nearly two hundred exist: a few near ones help more than all of them.
-        close = difflib.get_close_matches(config.architecture, known, n=5, cutoff=0.4) or ["qwen3", "llama"]
-        raise ConfigError(f"architecture={config.architecture!r} is not known; near ones: {', '.join(close)}.")
+        close = difflib.get_close_matches(name, known, n=5, cutoff=0.4) or ["qwen3", "llama"]
+        raise ConfigError(f"architecture={name!r} is not known; near ones: {', '.join(close)}.")
+
+
+def _architecture_config(config: ModelConfig, tokenizer: ModelTokenizer) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
     default = AutoConfig.for_model(config.architecture)
     settings = {
         **_sizes(config, default),
@@ -175,7 +186,7 @@ def _load_model(path: str) -> PreTrainedModel:
             output_loading_info=True,
         )
     except Exception as error:  # damaged files surface as errors of json, safetensors, torch and transformers
-        raise ConfigError(f"path={path!r} holds no model that can be loaded ({error}); save it anew.") from error
+        raise ConfigError(f"path={path!r} holds no model that can be loaded ({_said(error)}); save it anew.") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise ConfigError(f"path={path!r} lacks the weights {', '.join(missing)}; save the whole model.")
@@ -188,6 +199,8 @@ def _load_tokenizer(path: str) -> ModelTokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # as above
-        raise ConfigError(f"path={path!r} holds no tokenizer that can be loaded ({error}); save it anew.") from error
+        raise ConfigError(
+            f"path={path!r} holds no tokenizer that can be loaded ({_said(error)}); save it anew."
+        ) from error
     # its methods take and return more types than the protocol's, and its ids of special tokens are set while running
     return cast("ModelTokenizer", tokenizer)

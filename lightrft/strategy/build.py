@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import attrs
 
+from lightrft.config.root import Config
 from lightrft.errors import ConfigError, nearest
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.protocols.rollout import BuildEngine
@@ -62,8 +63,6 @@ def strategy_config(args: object) -> StrategyConfig:
     Raises:
         ConfigError: a setting is wrong.
     """
-    from lightrft.config.root import Config  # imports this package
-
     return args.strategy if isinstance(args, Config) else StrategyConfig.from_args(args)
 
 

@@ -95,7 +95,7 @@ def _engines() -> SearchStrategy[EngineConfig]:
 def _algorithms() -> SearchStrategy[AlgorithmConfig]:
     return st.builds(
         AlgorithmConfig,
-        num_samples=_counts(1),
+        num_samples=_counts(2),
         prompts_per_step=_counts(1),
         advantage=st.sampled_from(ADVANTAGE_NAMES),
         loss=st.sampled_from(LOSS_NAMES),

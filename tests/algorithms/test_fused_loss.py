@@ -106,7 +106,8 @@ def test_loss_and_gradients_equal_the_naive_ones_for_any_shape(
     torch.testing.assert_close(grads, expected_grads, rtol=1e-10, atol=1e-10)
 
 
-def test_gradients_agree_with_finite_differences(small_chunks: None) -> None:
+@pytest.mark.usefixtures("small_chunks")
+def test_gradients_agree_with_finite_differences() -> None:
     """Central differences of the loss itself give the gradients that the forward pass formed."""
     hidden_NH, weight_VH, ids_N = build(6, 2, 5)
     per_token_N = build_per_token(naive(hidden_NH, weight_VH, ids_N)[0])
@@ -129,7 +130,7 @@ def test_gradients_agree_with_finite_differences(small_chunks: None) -> None:
 
 
 def test_float32_agrees_with_float64() -> None:
-    """In float32 the loss and its gradients differ from those in float64 by rounding alone: logits have errors of 1e-6."""
+    """In float32 the loss and its gradients differ from those in float64 by rounding: logits have errors of 1e-6."""
     hidden_NH, weight_VH, ids_N = build(300, 16, 500, torch.float32)
     per_token_N = build_per_token(naive(hidden_NH, weight_VH, ids_N)[0])
     fused = fused_policy_loss(hidden_NH, weight_VH, ids_N, ppo_with_kl, per_token_N)
@@ -146,8 +147,9 @@ def test_float32_agrees_with_float64() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bit_gradients_are_summed_over_chunks_in_float32(dtype: torch.dtype, small_chunks: None) -> None:
-    """Many chunks of one sign: the head's gradient is right to the rounding of the operands, which a 16-bit sum misses."""
+@pytest.mark.usefixtures("small_chunks")
+def test_sixteen_bit_gradients_are_summed_over_chunks_in_float32(dtype: torch.dtype) -> None:
+    """Over 500 chunks the head's gradient is right to the rounding of the operands, which a 16-bit sum misses."""
     hidden_NH, weight_VH, ids_N = build(2000, 4, 5, dtype)
     with torch.no_grad():
         hidden_NH.abs_()
@@ -179,7 +181,8 @@ def fuse(num_tokens: int = 9, **changes: object) -> FusedLoss:
     return fused_policy_loss(**{**arguments, **changes})  # type: ignore[arg-type]  # wrong ones are the point
 
 
-def test_an_upstream_factor_scales_the_gradients(small_chunks: None) -> None:
+@pytest.mark.usefixtures("small_chunks")
+def test_an_upstream_factor_scales_the_gradients() -> None:
     """A loss that is scaled before its backward has gradients scaled alike, as gradient accumulation needs."""
     hidden_NH, weight_VH, _ = build(9, 3, 7)
     once = torch.autograd.grad(fuse(hidden_NH=hidden_NH, weight_VH=weight_VH).loss, (hidden_NH, weight_VH))
@@ -187,7 +190,8 @@ def test_an_upstream_factor_scales_the_gradients(small_chunks: None) -> None:
     torch.testing.assert_close(scaled, tuple(-3 * grad for grad in once), rtol=1e-14, atol=1e-14)
 
 
-def test_gradients_accumulate_over_calls(small_chunks: None) -> None:
+@pytest.mark.usefixtures("small_chunks")
+def test_gradients_accumulate_over_calls() -> None:
     """Two losses of halves of the tokens leave the gradient of the loss of all of them."""
     hidden_NH, weight_VH, ids_N = build(9, 3, 7)
     weights_N = torch.linspace(0, 1, 9, dtype=DOUBLE)
@@ -241,7 +245,7 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.seen = seen
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204, PLR0917
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
             self.seen.numel = max(self.seen.numel, result.untyped_storage().nbytes() // result.element_size())
@@ -267,7 +271,8 @@ def test_three_products_at_most(hidden_learns: bool, weight_learns: bool, produc
     assert (hidden_NH.grad is not None, weight_VH.grad is not None) == (hidden_learns, weight_learns)
 
 
-def test_no_gradient_is_formed_where_gradients_are_disabled(small_chunks: None) -> None:
+@pytest.mark.usefixtures("small_chunks")
+def test_no_gradient_is_formed_where_gradients_are_disabled() -> None:
     """Under no_grad the loss is the same and costs one product per chunk."""
     seen = Seen()
     with torch.no_grad(), Watch(seen):
@@ -277,7 +282,8 @@ def test_no_gradient_is_formed_where_gradients_are_disabled(small_chunks: None) 
     torch.testing.assert_close(fused.loss, fuse().loss.detach(), rtol=0, atol=0)
 
 
-def test_no_tensor_holds_the_logits_of_all_tokens(small_chunks: None) -> None:
+@pytest.mark.usefixtures("small_chunks")
+def test_no_tensor_holds_the_logits_of_all_tokens() -> None:
     """Loss, gradients and entropy bonus of 60 tokens allocate no tensor beyond one chunk of 4 rows."""
     hidden_NH, weight_VH, ids_N = build(60, 3, 700)
     weights_N = torch.ones(60, dtype=DOUBLE)
@@ -301,6 +307,14 @@ def mean_over_the_chunk(logprobs_C: Tensor, per_token_C: Mapping[str, Tensor]) -
     return -logprobs_C * per_token_C["weights"] / per_token_C["weights"].sum()
 
 
+def per_chunk_length(logprobs_C: Tensor, per_token_C: Mapping[str, Tensor]) -> Tensor:
+    return weighted(logprobs_C, per_token_C) / logprobs_C.shape[0]
+
+
+def padded(logprobs_C: Tensor, per_token_C: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([weighted(logprobs_C, per_token_C), logprobs_C.new_zeros(130 - logprobs_C.shape[0])])
+
+
 def summed(logprobs_C: Tensor, per_token_C: Mapping[str, Tensor]) -> Tensor:
     return weighted(logprobs_C, per_token_C).sum()
 
@@ -313,27 +327,28 @@ def constant(logprobs_C: Tensor, per_token_C: Mapping[str, Tensor]) -> Tensor:
     ("loss_fn", "message"),
     [
         (mean_over_the_chunk, "is not elementwise in tokens"),
-        (summed, r"loss_fn returned shape=\(\) for 9 tokens"),
+        (per_chunk_length, "is not elementwise in tokens"),
+        (padded, "is not elementwise in tokens"),
+        (summed, r"loss_fn returned shape=\(\) for 130 tokens"),
         (constant, "does not depend on the logprobs"),
     ],
 )
 def test_a_loss_function_that_breaks_its_laws_is_refused(loss_fn: object, message: str) -> None:
-    """A normaliser over the chunk, a sum and a constant are named, on a single chunk as well."""
+    """A normaliser over the chunk, a fixed length, a sum and a constant are named."""
     with pytest.raises(ConfigError, match=message):
-        fuse(loss_fn=loss_fn)
+        fuse(130, loss_fn=loss_fn)
 
 
-def test_a_per_token_loss_of_another_length_is_refused() -> None:
-    """A loss function whose length does not follow its input is not elementwise."""
-    lengths: list[int] = []
+def test_a_loss_that_is_all_rounding_is_elementwise() -> None:
+    """The KL of a policy with itself differs from 0 by rounding alone, and is not taken for a mean over the chunk."""
+    hidden_NH, weight_VH, ids_N = build(1000, 3, 7, torch.float32)
+    old_N = token_logprobs(hidden_NH, weight_VH, ids_N).logprobs_N.detach() + 1e-4 * torch.randn(1000)
 
-    def padded(logprobs_C: Tensor, per_token_C: Mapping[str, Tensor]) -> Tensor:
-        lengths.append(logprobs_C.shape[0])
-        return torch.cat([weighted(logprobs_C, per_token_C), logprobs_C.new_zeros(9 - logprobs_C.shape[0])])
+    def kl(logprobs_C: Tensor, per_token_C: Mapping[str, Tensor]) -> Tensor:
+        difference_C = per_token_C["old"] - logprobs_C
+        return difference_C.exp() - difference_C - 1
 
-    with pytest.raises(ConfigError, match="is not elementwise in tokens"):
-        fuse(loss_fn=padded)
-    assert lengths == [9, 5]
+    assert fused_policy_loss(hidden_NH, weight_VH, ids_N, kl, {"old": old_N}).loss.abs() < 1e-3
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_values_and_gradients_equal_log_softmax_for_any_shape(
 
 
 def test_float32_agrees_with_float64() -> None:
-    """In float32 the results differ from those in float64 by rounding: logits of size 20 have an error of about 1e-6 each."""
+    """In float32 the results differ from those in float64 by rounding: logits of 20 have errors of 1e-6."""
     hidden_NH, weight_VH, ids_N = build(300, 16, 500, torch.float32)
     result = token_logprobs(hidden_NH, weight_VH, ids_N, with_entropy=True)
     assert result.entropy_N is not None
@@ -95,7 +95,8 @@ def test_float32_agrees_with_float64() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bit_inputs_are_summed_in_float32(dtype: torch.dtype, small_chunks: None) -> None:
+@pytest.mark.usefixtures("small_chunks")
+def test_sixteen_bit_inputs_are_summed_in_float32(dtype: torch.dtype) -> None:
     """Results are float32 and equal log_softmax in float64 of the rounded logits; gradients have the inputs' dtype."""
     hidden_NH, weight_VH, ids_N = build(11, 8, 300, dtype)
     result = token_logprobs(hidden_NH, weight_VH, ids_N)
@@ -113,7 +114,8 @@ def test_sixteen_bit_inputs_are_summed_in_float32(dtype: torch.dtype, small_chun
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 3, 4, 5, 8, 9])
-def test_any_number_of_tokens_around_a_chunk(num_tokens: int, small_chunks: None) -> None:
+@pytest.mark.usefixtures("small_chunks")
+def test_any_number_of_tokens_around_a_chunk(num_tokens: int) -> None:
     """Nothing changes at the boundaries of a chunk of 4, without gradient and with int32 ids as well."""
     hidden_NH, weight_VH, ids_N = build(num_tokens, 3, 7)
     with torch.no_grad():
@@ -124,7 +126,8 @@ def test_any_number_of_tokens_around_a_chunk(num_tokens: int, small_chunks: None
     torch.testing.assert_close(result.logprobs_N, expected_N, rtol=1e-10, atol=1e-10)
 
 
-def test_gradcheck(small_chunks: None) -> None:
+@pytest.mark.usefixtures("small_chunks")
+def test_gradcheck() -> None:
     """The gradients of logprobs and entropies agree with finite differences."""
     hidden_NH, weight_VH, ids_N = build(9, 3, 6)
 
@@ -136,7 +139,8 @@ def test_gradcheck(small_chunks: None) -> None:
     assert torch.autograd.gradcheck(both, (hidden_NH, weight_VH))
 
 
-def test_gradient_of_the_entropy_alone(small_chunks: None) -> None:
+@pytest.mark.usefixtures("small_chunks")
+def test_gradient_of_the_entropy_alone() -> None:
     """A loss of the entropies alone has their gradient."""
     hidden_NH, weight_VH, ids_N = build(6, 3, 5)
     result = token_logprobs(hidden_NH, weight_VH, ids_N, with_entropy=True)
@@ -146,7 +150,8 @@ def test_gradient_of_the_entropy_alone(small_chunks: None) -> None:
     torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_backward_twice_through_one_graph(small_chunks: None) -> None:
+@pytest.mark.usefixtures("small_chunks")
+def test_backward_twice_through_one_graph() -> None:
     """With retain_graph a second backward gives the same gradients, as for any other operation."""
     hidden_NH, weight_VH, ids_N = build(6, 3, 5)
     loss = token_logprobs(hidden_NH, weight_VH, ids_N).logprobs_N.sum()
@@ -183,7 +188,7 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.seen = seen
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204, PLR0917
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else [result]:
             if isinstance(tensor, Tensor):
@@ -192,7 +197,8 @@ class Watch(TorchDispatchMode):
         return result
 
 
-def test_no_tensor_holds_the_logits_of_all_tokens(small_chunks: None) -> None:
+@pytest.mark.usefixtures("small_chunks")
+def test_no_tensor_holds_the_logits_of_all_tokens() -> None:
     """Forward and backward over 60 tokens allocate no tensor beyond one chunk of 4 rows; the naive way shows 60."""
     hidden_NH, weight_VH, ids_N = build(60, 3, 700, torch.float32)
     seen, naive = Largest(), Largest()

@@ -41,7 +41,7 @@ def test_to_toml_is_readable() -> None:
     assert text.endswith("threads = 0\n")
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(strategy_configs())
 def test_a_section_reads_back_equal(config: StrategyConfig) -> None:
     """A section alone is TOML that reads back equal too, and equal settings have equal digests."""
@@ -72,10 +72,10 @@ def test_extra_args_read_back_equal(value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [None, object(), Path("x"), argparse.Namespace(), Colour.RED, [None], {"a": None}, {1: 2}]
+    "value", [None, object(), Path("x"), argparse.Namespace(), Colour.RED, [None], {"hf_token": None}, {1: 2}]
 )
 def test_what_toml_cannot_hold_is_refused(value: object) -> None:
-    """Anything else in extra_args is an error that names its path: a TOML that reads back different is never written."""
+    """Anything else in extra_args is an error that names its path: no TOML reads back different."""
     with pytest.raises(ConfigError, match=r"^strategy\.extra_args\.value.*(cannot be written|cannot hold).*; "):
         to_toml(Config(strategy=StrategyConfig(extra_args={"value": value})))
 
@@ -125,7 +125,7 @@ def test_digest_is_the_same_in_every_process() -> None:
     assert runs == [config_digest(StrategyConfig(extra_args={"a": "x", "b": 1}))] * 2
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(strategy_configs(), st.integers(10_001, 10_010))
 def test_digest_tells_settings_apart(config: StrategyConfig, seed: int) -> None:
     """A different setting gives a different digest; a secret and the original arguments give the same one."""

@@ -63,7 +63,7 @@ def _message(mapping: object, **options: str) -> str:
     return str(caught.value)
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(configs())
 def test_round_trips(config: Config) -> None:
     """A config reads back equal from its mapping and from its TOML."""
@@ -71,7 +71,7 @@ def test_round_trips(config: Config) -> None:
     assert from_mapping(tomllib.loads(to_toml(config))) == config
 
 
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(configs())
 def test_overrides_equal_the_file(config: Config) -> None:
     """Every setting given on the command line as TOML writes it means the same as in the file."""
@@ -100,7 +100,7 @@ def test_none_is_refused_but_for_what_may_be_none(section: str, name: str) -> No
         assert _message({section: {name: None}}).startswith(f"config: {section}.{name}=None is not ")
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(st.data(), st.sampled_from([*SETTINGS, *((section, "") for section in sections(Config))]))
 def test_every_typo_is_refused(data: st.DataObject, place: tuple[str, str]) -> None:
     """One edit of any key at any depth is an error with the path written, and the key that was meant is suggested."""

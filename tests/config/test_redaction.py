@@ -149,7 +149,7 @@ def test_shown_is_short() -> None:
     assert shown("s3cret", name="token") == "'***'"
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(st.sampled_from(SECRET_NAMES), st.recursive(st.just("s3cret"), lambda inner: st.lists(inner, min_size=1)))
 def test_no_output_shows_a_secret(name: str, secret: object) -> None:
     """Neither repr nor TOML nor JSON of a config holds what stands under a secret's name, at any depth."""

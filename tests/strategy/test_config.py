@@ -10,7 +10,6 @@ from types import MappingProxyType, SimpleNamespace
 import attrs
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import lightrft.config.strategy
 from lightrft.errors import ConfigError
@@ -62,7 +61,7 @@ def test_both_modules_name_one_record() -> None:
     assert "cosine" in SCHEDULERS
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(strategy_configs())
 def test_from_args_of_vars_is_the_identity(config: StrategyConfig) -> None:
     """A config goes through `vars` and `from_args`, and through a mapping, a Namespace and pickle, unchanged."""
@@ -72,7 +71,7 @@ def test_from_args_of_vars_is_the_identity(config: StrategyConfig) -> None:
     assert StrategyConfig.from_args(config) is config
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(strategy_configs(), plain_tables())
 def test_unknown_attributes_change_no_setting(config: StrategyConfig, extra: dict[str, object]) -> None:
     """Whatever else the arguments hold is kept in `extra_args` and changes no setting."""

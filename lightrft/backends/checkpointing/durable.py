@@ -9,6 +9,7 @@ A killed writer leaves its staging directory, which the next writer of the same 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -140,8 +141,13 @@ def make_directory(path: Path) -> None:
 
     Args:
         path: the directory.
+
+    Raises:
+        OSError: it cannot be made.
     """
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
         sync_directory(folder.parent)

@@ -1,0 +1,362 @@
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lightrft.backends.checkpointing.canonical import CheckpointFunctions
+from lightrft.backends.checkpointing.durable import commit, staging
+from lightrft.errors import CheckpointError, ConfigError, UnsupportedError
+from lightrft.strategy.protocols.training import Trainable
+
+Make = Callable[..., Trainable]
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_steps_count_on_and_none_is_saved_twice(tmp_path: Path, checkpointing: CheckpointFunctions) -> None:
+    """The first checkpoint is 1, the next one more than the newest; a step that exists is refused and stays as it was."""
+    model = nn.Linear(1, 1)
+    assert checkpointing.latest_ckpt(tmp_path / "run") is None
+    assert checkpointing.save_ckpt(model, tmp_path / "run").name == "step-00000001"
+    assert checkpointing.save_ckpt(model, tmp_path / "run", step=10**9).name == "step-1000000000"
+    assert checkpointing.save_ckpt(model, tmp_path / "run").name == "step-1000000001"
+    assert checkpointing.latest_ckpt(tmp_path / "run") == 10**9 + 1
+    manifest = (tmp_path / "run" / "step-00000001" / "manifest.json").read_bytes()
+    with pytest.raises(CheckpointError, match=r"step=1 exists already .*; nothing is ever overwritten"):
+        checkpointing.save_ckpt(nn.Linear(1, 1), tmp_path / "run", step=1)
+    assert (tmp_path / "run" / "step-00000001" / "manifest.json").read_bytes() == manifest
+    assert names(tmp_path / "run") == ["step-00000001", "step-1000000000", "step-1000000001"]
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        ({"step": -1}, "step=-1 is not a whole number of at least 0"),
+        ({"step": True}, "step=True is not a whole number"),
+        ({"step": 1.0}, "step=1.0 is not a whole number"),
+        ({"max_num": 0}, "max_num=0 is not a whole number of at least 1"),
+        ({"scheduler": object()}, "scheduler is given without its optimizer"),
+        ({"client_state": [1]}, r"client_state=\[1\] is not a mapping"),
+        ({"client_state": {"sampler": {"rng": torch.zeros(2)}}}, r"client_state.sampler.rng is a Tensor, which JSON cannot"),
+        ({"client_state": {"a": [0, (1, 2)]}}, r"client_state.a\[1\] is a tuple"),
+        ({"client_state": {"a": {3: 1}}}, "client_state.a has the key 3, a int; use str keys"),
+        ({"client_state": {"a": b""}}, "client_state.a is a bytes"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_written(
+    tmp_path: Path, checkpointing: CheckpointFunctions, call: dict[str, object], reason: str
+) -> None:
+    """A wrong argument names itself and its path, and no directory is made."""
+    with pytest.raises(ConfigError, match=reason):
+        checkpointing.save_ckpt(nn.Linear(1, 1), tmp_path / "run", **call)  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
+
+
+def test_client_state_that_holds_itself_is_refused(tmp_path: Path, checkpointing: CheckpointFunctions) -> None:
+    """A state without end is refused in words."""
+    state: dict[str, object] = {}
+    state["self"] = state
+    with pytest.raises(ConfigError, match="holds itself"):
+        checkpointing.save_ckpt(nn.Linear(1, 1), tmp_path, client_state=state)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ({}, "is no model; pass a Module"),
+        (3, "model=3 is no model"),
+        ({"a/b": nn.Linear(1, 1)}, "'a/b' is no name"),
+        ({"..": nn.Linear(1, 1)}, "'..' is no name"),
+        ({"": nn.Linear(1, 1)}, "'' is no name"),
+        ({"é": nn.Linear(1, 1)}, "is no name"),
+        ({3: nn.Linear(1, 1)}, "is no name"),
+        ({"a": nn.Linear(1, 1), "A": nn.Linear(1, 1)}, "'A' differs from 'a' in case alone"),
+        ({"a": 3}, r"model\['a'\] is a int"),
+    ],
+)
+def test_wrong_models_are_refused(
+    tmp_path: Path, checkpointing: CheckpointFunctions, model: object, reason: str
+) -> None:
+    """What is no model, and a name that is no file name, is refused."""
+    with pytest.raises(ConfigError, match=reason):
+        checkpointing.save_ckpt(model, tmp_path)  # type: ignore[arg-type]
+
+
+def with_buffer(tensor: torch.Tensor) -> nn.Module:
+    model = nn.Module()
+    model.register_buffer("odd", tensor)
+    return model
+
+
+class WithExtraState(nn.Module):
+    def get_extra_state(self) -> object:
+        return {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (with_buffer(torch.eye(2).to_sparse()), r"model.odd is sparse"),
+        (with_buffer(torch.empty(2, device="meta")), r"model.odd is on the meta device"),
+        (nn.Sequential(WithExtraState()), r"model.0 \(WithExtraState\) keeps extra state"),
+    ],
+)
+def test_tensors_without_plain_bytes_are_refused(
+    tmp_path: Path, checkpointing: CheckpointFunctions, model: nn.Module, reason: str
+) -> None:
+    """What cannot be written as it is is refused and named, and nothing is left behind."""
+    with pytest.raises(UnsupportedError, match=reason):
+        checkpointing.save_ckpt(model, tmp_path)
+    assert names(tmp_path) == []
+
+
+class Wrapper(torch.Tensor):
+    """A tensor that holds others, as a shard of a distributed one does."""
+
+    @classmethod
+    def __torch_dispatch__(cls, *_: object) -> None:
+        raise AssertionError("nothing is computed")
+
+
+def test_wrapped_tensors_are_refused(tmp_path: Path, checkpointing: CheckpointFunctions) -> None:
+    """A tensor subclass that holds others is refused: its bytes are not its values."""
+    model = with_buffer(torch.Tensor._make_wrapper_subclass(Wrapper, (2,)))
+    with pytest.raises(UnsupportedError, match="model.odd is a Wrapper, which wraps other tensors"):
+        checkpointing.save_ckpt(model, tmp_path)
+
+
+def test_optimizers_that_cannot_be_named_are_refused(tmp_path: Path, checkpointing: CheckpointFunctions) -> None:
+    """An optimizer of another model, state of no parameter, keys with dots and values of other types are refused."""
+    model = nn.Linear(1, 1)
+    with pytest.raises(ConfigError, match=r"model.optimizer.param_groups\[0\] holds a tensor that is no parameter"):
+        checkpointing.save_ckpt(model, tmp_path, optimizer=torch.optim.AdamW(nn.Linear(1, 1).parameters()))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for state, reason in (
+        ({"other": {}}, "belongs to no parameter"),
+        ({model.weight: {"a.b": 1}}, "a key that is no identifier"),
+        ({model.weight: {"a": object()}}, r"model.optimizer.state\['weight'\]\['a'\] is a object"),
+    ):
+        optimizer.state.clear()
+        optimizer.state.update(state)
+        with pytest.raises(ConfigError, match=reason):
+            checkpointing.save_ckpt(model, tmp_path, optimizer=optimizer)
+    with pytest.raises(ConfigError, match="a Trainable brings its own"):
+        checkpointing.save_ckpt(Trainable(model, optimizer, None), tmp_path, optimizer=optimizer)
+
+
+def test_retention_keeps_the_newest_and_never_touches_what_is_not_ours(
+    tmp_path: Path, checkpointing: CheckpointFunctions
+) -> None:
+    """max_num counts and removes real directories with our manifest alone: not links, not other names, not other manifests."""
+    model = nn.Linear(1, 1)
+    for step in (1, 2, 3):
+        checkpointing.save_ckpt(model, tmp_path, step=step)
+    for name in ("step-00000000", "step-0", "step-00000009x", "notes", ".step-00000001.tmp-xyz"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("precious")
+    (tmp_path / "step-00000000" / "manifest.json").write_text('{"mine": true}')
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / "elsewhere" / "step")
+    (tmp_path / "step-00000005").symlink_to(tmp_path / "elsewhere" / "step")
+    (tmp_path / "step-00000006").write_text("a file")
+    checkpointing.save_ckpt(model, tmp_path, step=4, max_num=2)
+    assert [name for name in names(tmp_path) if name.startswith("step-")] == [
+        "step-0",
+        "step-00000000",
+        "step-00000003",
+        "step-00000004",
+        "step-00000005",
+        "step-00000006",
+        "step-00000009x",
+    ]
+    assert all((tmp_path / name / "mine").exists() for name in ("step-00000000", "step-0", "notes"))
+    assert (tmp_path / ".step-00000001.tmp-xyz" / "mine").exists()
+    assert (tmp_path / "elsewhere" / "step" / "manifest.json").exists()
+
+
+def test_retention_never_removes_what_was_just_saved(tmp_path: Path, checkpointing: CheckpointFunctions) -> None:
+    """Newer steps of an earlier run do not push out the step that this run saved."""
+    model = nn.Linear(1, 1)
+    for step in (10, 11):
+        checkpointing.save_ckpt(model, tmp_path, step=step)
+    checkpointing.save_ckpt(model, tmp_path, step=5, max_num=1)
+    assert names(tmp_path) == ["step-00000005", "step-00000011"]
+
+
+def test_only_leftovers_of_dead_writers_are_removed(tmp_path: Path, checkpointing: CheckpointFunctions) -> None:
+    """A staging directory goes if its name and its content are exactly ours and no living writer holds its lock."""
+    removed = [".step-00000001.tmp-0123456789abcdef", ".step-00000002.tmp-0123456789abcdef"]
+    (tmp_path / removed[0]).mkdir()  # killed before the marker
+    (tmp_path / removed[1] / "content").mkdir(parents=True)
+    (tmp_path / removed[1] / "lightrft.json").touch()
+    foreign, alive, linked = (f".step-0000000{n}.tmp-0123456789abcdef" for n in (3, 4, 5))
+    (tmp_path / foreign).mkdir()
+    (tmp_path / foreign / "lightrft.json").touch()
+    (tmp_path / foreign / "mine").touch()
+    (tmp_path / alive).mkdir()
+    (tmp_path / linked).symlink_to(tmp_path / removed[1])
+    unmarked = tmp_path / ".step-00000006.tmp-0123456789abcdef"
+    (unmarked / "content").mkdir(parents=True)
+    lock = os.open(tmp_path / alive, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        checkpointing.save_ckpt(nn.Linear(1, 1), tmp_path, step=7)
+    finally:
+        os.close(lock)
+    assert names(tmp_path) == [foreign, alive, linked, unmarked.name, "step-00000007"]
+
+
+def test_two_writers_of_one_step_end_with_one_checkpoint(tmp_path: Path, checkpointing: CheckpointFunctions) -> None:
+    """Of two staged checkpoints of one step the first is committed, the second gets an error and leaves nothing."""
+    target = tmp_path / "step-00000001"
+    with staging(target) as late:
+        checkpointing.save_ckpt(nn.Linear(1, 1), tmp_path, step=1)
+        before = (target / "manifest.json").read_bytes()
+        (late / "manifest.json").write_text("{}")
+        with pytest.raises(CheckpointError, match=r"step-00000001 exists already; nothing is ever overwritten"):
+            commit(late, target)
+    (tmp_path / "file").touch()
+    with staging(tmp_path / "file") as late, pytest.raises(CheckpointError, match="exists already"):
+        commit(late, tmp_path / "file")
+    assert (target / "manifest.json").read_bytes() == before
+    assert names(tmp_path) == ["file", "step-00000001"]
+
+
+def test_many_threads_saving_into_one_directory_lose_nothing(tmp_path: Path, checkpointing: CheckpointFunctions) -> None:
+    """Writers that save at the same time each commit their own step."""
+    threads = [
+        threading.Thread(target=checkpointing.save_ckpt, args=(nn.Linear(1, 1), tmp_path), kwargs={"step": step})
+        for step in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert names(tmp_path) == [f"step-0000000{step}" for step in range(4)]
+    for step in range(4):
+        assert checkpointing.load_ckpt(nn.Linear(1, 1), tmp_path, step=step).step == step
+
+
+def test_an_unwritable_directory_is_one_clear_line(tmp_path: Path, checkpointing: CheckpointFunctions) -> None:
+    """A path below a file cannot be written, by root neither."""
+    (tmp_path / "file").touch()
+    for call in (checkpointing.save_ckpt, checkpointing.save_model):
+        with pytest.raises(CheckpointError, match=r"_dir='.*file/run' failed: Not a directory") as caught:
+            call(nn.Linear(1, 1), tmp_path / "file" / "run")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_one_clear_line_and_harms_nothing(tmp_path: Path, checkpointing: CheckpointFunctions) -> None:
+    """When the disk is full a save ends with one line, leaves nothing behind, and the earlier checkpoint loads."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        checkpointing.save_ckpt(nn.Linear(1, 1), disk)
+        for call in (checkpointing.save_ckpt, checkpointing.save_model):
+            with pytest.raises(CheckpointError, match=r"failed: No space left on device; free space") as caught:
+                call(nn.Linear(400, 400), disk if call is checkpointing.save_ckpt else disk / "model")
+            assert "\n" not in str(caught.value)
+        assert names(disk) == ["step-00000001"]
+        assert checkpointing.load_ckpt(nn.Linear(1, 1), disk).step == 1
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_limit_on_file_sizes_is_one_clear_line(tmp_path: Path, checkpointing: CheckpointFunctions) -> None:
+    """A write that the system cuts short (here by a limit of 100 kB a file) ends with one line, and nothing is left."""
+    checkpointing.save_ckpt(nn.Linear(1, 1), tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"failed: File too large; free space") as caught:
+            checkpointing.save_ckpt(nn.Linear(400, 400), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "\n" not in str(caught.value)
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_a_directory_removed_while_writing_is_one_clear_line(
+    tmp_path: Path, checkpointing: CheckpointFunctions, make_trainable: Make
+) -> None:
+    """A directory that vanishes during a save ends it with one line."""
+
+    class Vanishing(torch.optim.lr_scheduler.LambdaLR):
+        def state_dict(self) -> dict[str, object]:
+            shutil.rmtree(tmp_path / "run")
+            return super().state_dict()
+
+    trainable = make_trainable(0, schedule="none")
+    schedule = Vanishing(trainable.optimizer, lambda step: 1.0)
+    with pytest.raises(CheckpointError, match=r"failed: No such file or directory .*; free space"):
+        checkpointing.save_ckpt(trainable._replace(scheduler=schedule), tmp_path / "run")
+
+
+def test_file_systems_without_locks_work(
+    tmp_path: Path, checkpointing: CheckpointFunctions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there are no locks, saving works, and leftovers stay since nobody knows whether their writers live."""
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOTSUP, f"no locks ({descriptor}, {operation})")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    leftover = tmp_path / ".step-00000001.tmp-0123456789abcdef"
+    leftover.mkdir()
+    checkpointing.save_ckpt(nn.Linear(1, 1), tmp_path, step=1)
+    assert names(tmp_path) == [leftover.name, "step-00000001"]
+
+
+def test_every_file_and_name_is_synced_before_and_the_parent_after_the_rename(
+    tmp_path: Path, checkpointing: CheckpointFunctions, make_trainable: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the rename every file of the checkpoint and its directory were synced; after it, the parent."""
+    events: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def traced_fsync(descriptor: int) -> None:
+        events.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def traced_rename(source: str, target: str) -> None:
+        events.append(("rename", str(target)))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", traced_fsync)
+    monkeypatch.setattr(os, "rename", traced_rename)
+    path = checkpointing.save_ckpt(make_trainable(0), tmp_path / "a" / "b")
+    at = events.index(("rename", str(path)))
+    synced = [Path(name) for kind, name in events[:at] if kind == "fsync"]
+    assert {file.name for file in path.iterdir()} <= {file.name for file in synced}
+    assert [file.name for file in synced].count("model.model.safetensors") == 1
+    assert synced[-1].name == "content"
+    assert {tmp_path, tmp_path / "a"} <= set(synced)
+    assert ("fsync", str(path.parent)) in events[at:]
+
+
+def test_large_tensors_are_digested_while_they_are_written(tmp_path: Path, checkpointing: CheckpointFunctions) -> None:
+    """A tensor of several blocks, digested in a second thread, verifies and comes back."""
+    torch.manual_seed(0)
+    model, other = nn.Linear(1500, 1500), nn.Linear(1500, 1500)
+    checkpointing.save_ckpt(model, tmp_path)
+    checkpointing.load_ckpt(other, tmp_path)
+    assert torch.equal(model.weight, other.weight)

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load
+
+from lightrft.backends.checkpointing.durable import write_file
+from lightrft.backends.checkpointing.tensor_files import read_tensors, safetensors_chunks
+from lightrft.errors import CheckpointError
+
+DTYPES = [
+    torch.bool,
+    *(torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64, torch.uint64),
+    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64),
+]
+RAW_DTYPES = [torch.complex64, torch.complex128, torch.float8_e4m3fnuz, torch.float8_e8m0fnu]
+
+
+def make(dtype: torch.dtype, shape: list[int], seed: int) -> torch.Tensor:
+    """Random bytes, seen as numbers: NaN payloads, infinities and subnormals among them."""
+    generator = torch.Generator().manual_seed(seed)
+    count = int(torch.tensor(shape).prod()) * torch.empty(0, dtype=dtype).element_size() if shape else 1
+    size = count if shape else torch.empty(0, dtype=dtype).element_size()
+    high = 2 if dtype == torch.bool else 256
+    return torch.randint(high, (size,), dtype=torch.uint8, generator=generator).view(dtype).reshape(shape)
+
+
+def content(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
+    return tensor.dtype, tensor.shape, bytes(tensor.contiguous().reshape(-1).view(torch.uint8).tolist())
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([*DTYPES, *RAW_DTYPES]), st.lists(st.integers(0, 3), max_size=3)), max_size=6
+    ),
+    st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=50)
+def test_any_tensor_comes_back_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, made: list[object], seed: int) -> None:
+    """Tensors of every dtype and shape, 0-d and empty ones, transposed and sharing memory, come back bit for bit; and
+    safetensors' own reader, another implementation, reads the same from those dtypes that it knows."""
+    tensors = {f"tensor {index}": make(*item, seed + index) for index, item in enumerate(made)}  # type: ignore[misc]
+    tensors |= {f"{name} turned": tensor.movedim(0, -1) for name, tensor in tensors.items() if tensor.dim() > 1}
+    path = tmp_path_factory.mktemp("tensors") / "file.safetensors"
+    record = write_file(path, safetensors_chunks(tensors, metadata={"format": "pt"}))
+    assert record.size == path.stat().st_size
+    back = read_tensors(path)
+    assert {name: content(tensor) for name, tensor in back.items()} == {n: content(t) for n, t in tensors.items()}
+    theirs = load(path.read_bytes())
+    known = {name: content(tensor) for name, tensor in tensors.items() if tensor.dtype in DTYPES}
+    assert {name: content(tensor) for name, tensor in theirs.items() if name in known} == known
+
+
+def test_conjugate_and_negative_views_are_written_as_their_values(tmp_path: Path) -> None:
+    """A lazy conjugate, and the imaginary part of one, are written as what they equal."""
+    numbers = torch.tensor([1 + 2j, 3 - 4j])
+    write_file(tmp_path / "f", safetensors_chunks({"a": numbers.conj(), "b": numbers.conj().imag}))
+    back = read_tensors(tmp_path / "f")
+    assert back["a"].tolist() == [1 - 2j, 3 + 4j]
+    assert back["b"].tolist() == [-2.0, 4.0]
+
+
+def test_a_dtype_that_torch_does_not_know_is_named(tmp_path: Path) -> None:
+    """A file of a later torch is refused by the name of its dtype."""
+    chunks = b"".join(bytes(chunk) for chunk in safetensors_chunks({"a": torch.zeros(1, dtype=torch.complex64)}))
+    (tmp_path / "f").write_bytes(chunks.replace(b"complex64", b"complex65"))
+    with pytest.raises(CheckpointError, match="dtype='complex65' is unknown to torch"):
+        read_tensors(tmp_path / "f")
