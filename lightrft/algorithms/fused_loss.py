@@ -89,7 +89,8 @@ def fused_policy_loss(
 
     Gradients go to the hidden states and to the head, where they are asked for and gradients are enabled; otherwise
     nothing is spent on them. Memory beyond the results and the two gradients: one chunk of logits, and for 16-bit
-    inputs the gradient of the head in float32. `loss.backward()` scales the gradients in place: it can be called once.
+    inputs the gradient of the head in float32, to which the chunks are added. `loss.backward()` scales the gradients in
+    place: it can be called once.
 
     Args:
         hidden_NH: hidden states after the last norm, (N, H), floating point.

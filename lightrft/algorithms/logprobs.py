@@ -58,7 +58,8 @@ def token_logprobs(
 
     Where gradients are enabled and the hidden states or the head ask for one, both results can be differentiated (not
     twice); the backward pass computes only the gradients that are asked for. Memory beyond the results and gradients:
-    one chunk of logits, and in the backward pass for 16-bit inputs the gradient of the head in float32.
+    one chunk of logits, and in the backward pass for 16-bit inputs the gradient of the head in float32, to which the
+    chunks are added.
 
     Args:
         hidden_NH: hidden states after the last norm, (N, H), floating point.
@@ -66,7 +67,7 @@ def token_logprobs(
             weight as a column and a one to each hidden state.
         token_ids_N: chosen tokens, (N,), int32 or int64.
         temperature: the logits are divided by it.
-        with_entropy: also return the entropy, for about a tenth more time.
+        with_entropy: also return the entropy, for three more passes over each chunk of logits.
 
     Raises:
         ConfigError: for shapes, dtypes, devices or a temperature that have no meaning.

@@ -49,12 +49,12 @@ class TokenBatch:
     lengths: tuple[int, ...]
 
     @property
-    def targets_N(self) -> Tensor:
+    def targets_N(self) -> Tensor:  # noqa: N802 (shape suffix)
         """Completion tokens, (N,) int64."""
         return self.targets_BT[self.mask_BT]
 
     @property
-    def engine_logprobs_N(self) -> Tensor:
+    def engine_logprobs_N(self) -> Tensor:  # noqa: N802 (shape suffix)
         """The engine's logprobs of the completion tokens, (N,) float32, in nats."""
         return self.engine_logprobs_BT[self.mask_BT]
 

@@ -24,7 +24,7 @@ class ResumableSampler:
     position counts the draws of all ranks together, which draw equally often, so that a saved one continues at another
     world size too.
 
-    As a `sampler` of torch's `DataLoader` it gives the rest of the present epoch and moves on to the next; ranks' shares
+    As a `sampler` of torch's `DataLoader` it gives the rest of the present epoch and moves on to the next; the shares
     of an epoch differ by one where world_size does not divide size. `take` gives any number, across epochs. Both
     move the one position, so use one iterator at a time, and no loader workers, which draw ahead of what was used.
 

@@ -1,7 +1,7 @@
 """Does a record of functions have the signatures that its callback protocols promise?
 
-Type checkers answer this for code that they see. A user's own backend, a wrapped function or an entry point is known only when
-it runs, and a loop that calls with keywords would find out in the middle of a run.
+Type checkers answer this for code that they see. A user's own backend, a wrapped function or an entry point is known
+only when it runs, and a loop that calls with keywords would find out in the middle of a run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def signature_differences(function: Callable[..., object], protocol: type) -> li
     wanted = _parameters(vars(protocol)["__call__"])[1:]  # without self
     found = _parameters(function)
     differences = [
-        f"parameter {position} is {_shown(is_)!r} and must be {_shown(must)!r}"
+        f"parameter {position} is {_compared(is_, must)} and must be {_compared(must, is_)}"
         for position, (is_, must) in enumerate(zip(found, wanted, strict=False), start=1)
         if (is_.name, is_.kind, is_.default) != (must.name, must.kind, must.default)
     ]
@@ -62,6 +62,11 @@ def signature_differences_of_record(record: attrs.AttrsInstance) -> list[str]:
 
 def _parameters(function: Callable[..., object]) -> list[inspect.Parameter]:
     return list(inspect.signature(function).parameters.values())
+
+
+def _compared(parameter: inspect.Parameter, other: inspect.Parameter) -> str:
+    kind = f" ({parameter.kind.description})" if parameter.kind != other.kind else ""
+    return f"{_shown(parameter)!r}{kind}"
 
 
 def _shown(parameter: inspect.Parameter) -> str:

@@ -42,8 +42,12 @@ def build_file_tracker(run_dir: str | os.PathLike[str]) -> Tracker:
                 _rewrite(path, [row for row in read_rows(path) if _step(row) <= step])
 
     def log(channel: Channel, row: Mapping[str, Json]) -> None:
-        with channel_path(run_dir, channel).open("a", encoding="utf-8") as file:
-            file.write(_line(row))
+        path = channel_path(run_dir, channel)
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(_line(row))
+        except OSError as error:  # a full disk names no file by itself
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
     def close() -> None:
         """Do nothing: every row is in its file already."""

@@ -12,7 +12,7 @@ from lightrft.strategy.protocols.checkpointing import Json
 __all__ = ["CHANNELS", "Channel", "CloseTracker", "Log", "Resume", "Tracker", "combine", "no_tracker"]
 
 Channel: TypeAlias = Literal["metrics", "timings", "samples"]
-"""metrics: what a run computed, the same bits for the same seed; timings: what it cost; samples: completions in text."""
+"""metrics: what a run computed, the same bits for the same seed; timings: what it cost; samples: completions."""
 
 CHANNELS: tuple[Channel, ...] = ("metrics", "timings", "samples")
 

@@ -164,6 +164,20 @@ def test_sixteen_bit_gradients_are_summed_over_chunks_in_float32(dtype: torch.dt
         assert (grad - expected).norm() / expected.norm() < 2 * torch.finfo(dtype).eps
 
 
+def test_autocast_changes_nothing() -> None:
+    """Inside of an autocast region the products stay in the dtype of the inputs, and so do loss and gradients."""
+    hidden_NH, weight_VH, ids_N = build(9, 3, 7, torch.float32)
+    per_token_N = {"weights": torch.linspace(0, 1, 9)}
+    outside = fused_policy_loss(hidden_NH, weight_VH, ids_N, weighted, per_token_N)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = fused_policy_loss(hidden_NH, weight_VH, ids_N, weighted, per_token_N)
+    torch.testing.assert_close(inside.loss, outside.loss, rtol=0, atol=0)
+    inputs = (hidden_NH, weight_VH)
+    torch.testing.assert_close(
+        torch.autograd.grad(inside.loss, inputs), torch.autograd.grad(outside.loss, inputs), rtol=0, atol=0
+    )
+
+
 def weighted(logprobs_C: Tensor, per_token_C: Mapping[str, Tensor]) -> Tensor:
     return -logprobs_C * per_token_C["weights"]
 

@@ -33,7 +33,7 @@ def _batch(pairs: list[tuple[list[int], list[int]]], pad_id: int = 0) -> TokenBa
 def test_every_column_aligns_with_the_token_that_it_predicts(
     pairs: list[tuple[list[int], list[int]]], pad_id: int
 ) -> None:
-    """Position t of a row reads token t and predicts token t + 1; mask and logprobs stand at the predicted completion tokens."""
+    """Position t reads token t and predicts token t + 1; mask and logprobs stand where that is a completion token."""
     batch = _batch(pairs, pad_id)
     assert batch.input_ids_BT.shape[1] == max(len(prompt) + len(completion) for prompt, completion in pairs) - 1
     for row, (prompt, completion) in enumerate(pairs):
@@ -55,7 +55,7 @@ def test_every_column_aligns_with_the_token_that_it_predicts(
 def test_selecting_rows_is_padding_those_rows_alone(
     pairs: list[tuple[list[int], list[int]]], data: st.DataObject
 ) -> None:
-    """A micro-batch of any rows in any order is the batch that these rows alone would have made, without needless columns."""
+    """A micro-batch of any rows in any order is the batch that these rows alone would have made."""
     indices = data.draw(st.lists(st.integers(0, len(pairs) - 1), min_size=1, max_size=6))
     whole = pad_sequences(*zip(*pairs, strict=True), pad_id=7)
     alone = pad_sequences(*zip(*[pairs[index] for index in indices], strict=True), pad_id=7)
@@ -86,7 +86,7 @@ def test_rows_can_be_selected_by_a_range() -> None:
 @given(sequences=st.lists(st.lists(st.integers(0, 9), max_size=5), min_size=1, max_size=4))
 @settings(deadline=None, max_examples=30)
 def test_padding_on_the_right_keeps_every_token(sequences: list[list[int]]) -> None:
-    """The mask marks the real tokens, which are all there, and the rest is the padding id; empty sequences are rows of it."""
+    """The mask marks the real tokens, which are all there; the rest is the padding id, empty sequences too."""
     ids_BT, mask_BT = pad_right(sequences, pad_id=77)
     assert [ids[mask].tolist() for ids, mask in zip(ids_BT, mask_BT, strict=True)] == sequences
     assert set(ids_BT[~mask_BT].tolist()) <= {77}

@@ -102,13 +102,14 @@ def test_the_order_stays_what_it_was() -> None:
 
 
 def test_a_data_loader_resumes_in_the_middle_of_an_epoch() -> None:
-    """A DataLoader of torch draws through the sampler; a new loader with the saved position gives the remaining batches."""
+    """A new loader whose sampler has the saved position gives the batches that the first one had left."""
     data = list(range(100, 111))
 
     def loader(sampler: ResumableSampler) -> DataLoader[int]:
         return DataLoader(data, batch_size=3, sampler=sampler, drop_last=True)  # type: ignore[arg-type]
 
-    whole = [batch.tolist() for _ in range(2) for batch in loader(ResumableSampler(size=11))]
+    uninterrupted = ResumableSampler(size=11)
+    whole = [batch.tolist() for _ in range(2) for batch in loader(uninterrupted)]
     assert len(loader(ResumableSampler(size=11))) == 3
     sampler = ResumableSampler(size=11)
     batches = iter(loader(sampler))

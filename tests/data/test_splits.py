@@ -21,7 +21,7 @@ def _write(path: Path, questions: list[str]) -> str:
 
 
 def test_a_task_is_split_into_disjoint_problems() -> None:
-    """Both parts have their sizes, no question is in both even where the task repeats itself, and both bring the verifier."""
+    """Both parts have their sizes and the verifier, and share no question though the task repeats itself."""
     config = DataConfig(task="chain_sum", task_options=DIGITS, train_size=120, heldout_size=70, template="{question} ?")
     train, heldout = split_problems(config)
     questions = {problem.question for problem in (*train.problems, *heldout.problems)}
@@ -44,7 +44,7 @@ def test_a_task_is_split_into_disjoint_problems() -> None:
 def test_a_file_is_split_without_a_shared_question_and_nothing_is_lost(
     tmp_path_factory: pytest.TempPathFactory, numbers: list[int], size: int, seed: int
 ) -> None:
-    """Whatever repeats: the parts hold all lines once, share no question and keep the order, or the error says why not."""
+    """The parts hold all lines once, share no question and keep the order, or the error says why not."""
     path = _write(tmp_path_factory.mktemp("data") / "p.jsonl", [f"q{number}" for number in numbers])
     config = DataConfig(path=path, heldout_size=size, seed=seed)
     num_once = sum(numbers.count(number) == 1 for number in numbers)

@@ -73,7 +73,7 @@ def test_other_architectures_take_the_sizes_they_have(architecture: str) -> None
 
 
 def test_a_setting_that_the_architecture_has_not_is_refused() -> None:
-    """transformers would store num_key_value_heads in a gpt2 config and never use it."""
+    """Otherwise transformers would store num_key_value_heads in a gpt2 config and never use it."""
     config = ModelConfig(architecture="gpt2", hidden_size=16, num_heads=2, num_key_value_heads=1)
     with pytest.raises(ConfigError, match="architecture='gpt2' has no setting num_key_value_heads; "):
         build_model(config, build_character_tokenizer("abc"), seed=0)
@@ -89,7 +89,9 @@ def test_an_unknown_architecture_names_near_ones(name: str, near: str) -> None:
 def test_sizes_that_an_architecture_cannot_take_are_a_config_error() -> None:
     """BART's 16 decoder heads do not divide a width of 6: what transformers says about it arrives on one line."""
     config = ModelConfig(architecture="bart", hidden_size=6, num_heads=1)
-    with pytest.raises(ConfigError, match="architecture='bart' cannot be built .* divisible .*; change them") as caught:
+    with pytest.raises(
+        ConfigError, match=r"architecture='bart' cannot be built .* divisible .*; change them"
+    ) as caught:
         build_model(config, build_character_tokenizer("abc"), seed=0)
     assert "\n" not in str(caught.value)
 

@@ -42,7 +42,7 @@ def test_empty_alphabet_means_printable_ascii_and_newline() -> None:
 
 
 def test_saved_and_loaded_tokenizer_is_the_same(tmp_path: Path) -> None:
-    """transformers loads the saved tokenizer, which still refuses unknown characters and reads "<eos>" as text."""
+    """What was saved is loaded by transformers and still refuses unknown characters and reads "<eos>" as text."""
     tokenizer = build_character_tokenizer("abc <eos>"[:9])
     tokenizer.save_pretrained(str(tmp_path))
     for loaded in (AutoTokenizer.from_pretrained(tmp_path), PreTrainedTokenizerFast.from_pretrained(tmp_path)):

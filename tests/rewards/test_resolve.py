@@ -17,7 +17,7 @@ from lightrft.rewards.resolve import Reward, resolve_reward, score
 from lightrft.rewards.rules import exact_match
 
 
-def _verifier(prompt: str, completion: str, answer: str) -> float:
+def _verifier(_prompt: str, _completion: str, _answer: str) -> float:
     return 0.25
 
 
@@ -112,7 +112,7 @@ def test_numbers_of_torch_and_numpy_count(value: float) -> None:
 def test_what_is_no_finite_number_is_refused(value: float, shown: str) -> None:
     """The error names the function, the prompt and what came back."""
 
-    def my_reward(prompt: str, completion: str, answer: str) -> float:
+    def my_reward(_prompt: str, _completion: str, _answer: str) -> float:
         return value
 
     with pytest.raises(
@@ -124,10 +124,12 @@ def test_what_is_no_finite_number_is_refused(value: float, shown: str) -> None:
 def test_a_reward_that_raises_is_named_with_its_cause() -> None:
     """The error is one line with the shortened prompt, and the user's exception is its cause."""
 
-    def my_reward(prompt: str, completion: str, answer: str) -> float:
+    def my_reward(_prompt: str, completion: str, _answer: str) -> float:
         return 1 / len(completion)
 
-    with pytest.raises(RewardError, match="reward='my_reward' .* raised ZeroDivisionError: division by zero") as caught:
+    with pytest.raises(
+        RewardError, match=r"reward='my_reward' .* raised ZeroDivisionError: division by zero"
+    ) as caught:
         score(my_reward, ["long " * 500], [""], ["a"])
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert len(str(caught.value)) < 300
@@ -137,7 +139,7 @@ def test_a_callable_without_a_name_goes_by_its_type() -> None:
     """An object with __call__ is a reward too; an exception without text goes by its type."""
 
     class Mine:
-        def __call__(self, prompt: str, completion: str, answer: str) -> float:
+        def __call__(self, _prompt: str, _completion: str, _answer: str) -> float:
             raise ValueError
 
     with pytest.raises(RewardError, match="reward='Mine' for prompt='p' raised ValueError; mend"):

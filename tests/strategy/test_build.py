@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import attrs
 import pytest
@@ -51,12 +53,12 @@ def windows(strategy: Strategy) -> int:
     ],
     ids=["config", "namespace", "object", "mapping", "root"],
 )
-def test_settings_of_any_kind_build_the_same_strategy(args):
-    """A config, a namespace, any object, a mapping and the root of a run's config give the strategy that they describe."""
+def test_settings_of_any_kind_build_the_same_strategy(args: object) -> None:
+    """A config, a namespace, any object, a mapping and the config of a whole run give the strategy they describe."""
     assert windows(get_strategy(args)) == 2
 
 
-def test_the_key_is_the_name_or_follows_fsdp():
+def test_the_key_is_the_name_or_follows_fsdp() -> None:
     """`strategy` names the key; without it fsdp decides between fsdp2 and deepspeed."""
     assert chosen_key(SINGLE) == "single"
     assert chosen_key(StrategyConfig()) == "deepspeed"
@@ -64,37 +66,42 @@ def test_the_key_is_the_name_or_follows_fsdp():
     assert chosen_key(StrategyConfig(strategy="fake", fsdp=True)) == "fake"
 
 
-@pytest.mark.parametrize(("args", "key"), [({}, "deepspeed"), ({"fsdp": True}, "fsdp2"), ({"strategy": "fsdp2"}, "fsdp2")])
-def test_sharding_with_one_process_is_single_and_says_so(args, key):
+@pytest.mark.parametrize(
+    ("args", "key"),
+    [({}, "deepspeed"), ({"fsdp": True}, "fsdp2"), ({"strategy": "fsdp2"}, "fsdp2")],
+)
+def test_sharding_with_one_process_is_single_and_says_so(args: object, key: str) -> None:
     """With one process there is nothing to shard: the strategy is "single", after a warning with the name to write."""
-    with pytest.warns(UserWarning, match=f"strategy='{key}' with one process is 'single'.*set strategy='single'") as caught:
+    with pytest.warns(UserWarning, match=f"'{key}' with one process is 'single'.*set strategy='single'") as caught:
         strategy = get_strategy({**args, "train_batch_size": 2})
     assert windows(strategy) == 2
     assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize("key", sorted(STRATEGIES))
-def test_several_processes_are_refused_while_building(key, monkeypatch):
+def test_several_processes_are_refused_while_building(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under a launcher of several processes every strategy of this release refuses, before anything is started."""
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UnsupportedError, match="WORLD_SIZE=4"):
         get_strategy({"strategy": key})
 
 
-def test_unknown_strategies_are_listed_with_the_nearest():
+def test_unknown_strategies_are_listed_with_the_nearest() -> None:
     """A key that nobody registered is an error that names all keys and the nearest one."""
-    with pytest.raises(ConfigError, match=r"strategy='sngle' is not registered; did you mean 'single'\? Known: deepspeed, fake"):
+    with pytest.raises(
+        ConfigError, match=r"strategy='sngle' is not registered; did you mean 'single'\? Known: deepspeed, fake"
+    ):
         get_strategy({"strategy": "sngle"})
 
 
-def test_registries_are_read_only():
+def test_registries_are_read_only() -> None:
     """Nothing can be registered by assignment."""
     for registry in (STRATEGIES, ENGINES, registered_strategies(), registered_engines()):
         with pytest.raises(TypeError):
             registry["mine"] = registry["single" if "single" in registry else "hf"]
 
 
-def test_a_strategy_of_one_s_own_is_one_argument():
+def test_a_strategy_of_one_s_own_is_one_argument() -> None:
     """A user's builder is found through `registry=`, gets the whole config and may take parts of ours."""
     seen = []
 
@@ -112,7 +119,7 @@ def test_a_strategy_of_one_s_own_is_one_argument():
         get_strategy({"strategy": "single"}, registry={"mine": build_mine})
 
 
-def test_an_engine_of_one_s_own_is_one_argument():
+def test_an_engine_of_one_s_own_is_one_argument() -> None:
     """A user's engine is found through `engines=`, for the strategy's engine_type and for an engine config."""
     seen = []
 
@@ -129,16 +136,18 @@ def test_an_engine_of_one_s_own_is_one_argument():
         strategy.setup_inference_engine(EngineConfig(type="mien"), actor=nn.Linear(2, 2))
 
 
-def test_unknown_engines_are_listed_with_the_nearest():
+def test_unknown_engines_are_listed_with_the_nearest() -> None:
     """Without engines of one's own the registered ones are looked through."""
     strategy = get_strategy({"strategy": "single", "engine_type": "script"})
-    with pytest.raises(ConfigError, match=r"engine_type='script' is not registered; did you mean 'scripted'\? Known: hf"):
+    with pytest.raises(
+        ConfigError, match=r"engine_type='script' is not registered; did you mean 'scripted'\? Known: hf"
+    ):
         strategy.setup_inference_engine(actor=nn.Linear(2, 2))
 
 
 @pytest.mark.filterwarnings("ignore:strategy=:UserWarning")
 @pytest.mark.parametrize("key", sorted(STRATEGIES))
-def test_every_field_matches_its_callback_protocol(key):
+def test_every_field_matches_its_callback_protocol(key: str) -> None:
     """Every function of every registered strategy has the names, kinds and defaults of its contract."""
     strategy = get_strategy({"strategy": key})
     assert len(attrs.fields(Strategy)) > 30
@@ -146,13 +155,13 @@ def test_every_field_matches_its_callback_protocol(key):
 
 
 @pytest.mark.parametrize("key", sorted(ENGINES))
-def test_every_field_of_an_engine_matches_its_callback_protocol(key):
+def test_every_field_of_an_engine_matches_its_callback_protocol(key: str) -> None:
     """Every function of every registered engine has the names, kinds and defaults of its contract."""
     assert signature_differences_of_record(ENGINES[key](EngineConfig())) == []
 
 
 @pytest.fixture
-def install(tmp_path, monkeypatch):
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Return a function that installs a package with entry points, as pip would lay it out."""
     installed = []
 
@@ -184,11 +193,12 @@ number = 3
 """
 
 
-def test_installed_packages_add_strategies_and_engines(install):
+def test_installed_packages_add_strategies_and_engines(install: Callable[..., None]) -> None:
     """Entry points of an installed package are listed without importing it, and imported when they are chosen."""
     install(
         "acme_plugin",
-        "[lightrft.strategies]\nacme = acme_plugin:build_strategy\n[lightrft.engines]\nacme = acme_plugin:build_engine\n",
+        "[lightrft.strategies]\nacme = acme_plugin:build_strategy\n"
+        "[lightrft.engines]\nacme = acme_plugin:build_engine\n",
         PLUGIN,
     )
     assert set(registered_strategies()) == {*STRATEGIES, "acme"}
@@ -201,21 +211,23 @@ def test_installed_packages_add_strategies_and_engines(install):
         assert engine.status == "awake"
 
 
-def test_two_names_that_collide_are_an_error(install):
+def test_two_names_that_collide_are_an_error(install: Callable[..., None]) -> None:
     """A package may take neither a name of ours nor that of another package; both are named. A copy of itself may."""
     install("acme_plugin", "[lightrft.strategies]\nacme = acme_plugin:build_strategy\n", PLUGIN)
     install("acme_plugin", "[lightrft.strategies]\nacme = acme_plugin:build_strategy\n", PLUGIN)
     assert "acme" in registered_strategies()
     install("other_plugin", "[lightrft.strategies]\nacme = other_plugin:build_strategy\n", PLUGIN)
-    with pytest.raises(ConfigError, match="'acme'.*also registered by (acme|other)_plugin"):
+    with pytest.raises(ConfigError, match=r"'acme'.*also registered by (acme|other)_plugin"):
         registered_strategies()
 
 
 @pytest.mark.parametrize(("group", "key"), [("strategies", "single"), ("engines", "hf")])
-def test_names_of_ours_cannot_be_taken(install, group, key):
+def test_names_of_ours_cannot_be_taken(install: Callable[..., None], group: str, key: str) -> None:
     """An installed package that registers one of our keys is an error as soon as somebody looks."""
     install("acme_plugin", f"[lightrft.{group}]\n{key} = acme_plugin:build\n")
-    with pytest.raises(ConfigError, match=f"'{key}' \\(acme_plugin:build, package acme_plugin\\) is a name of lightrft's own"):
+    with pytest.raises(
+        ConfigError, match=f"'{key}' \\(acme_plugin:build, package acme_plugin\\) is a name of lightrft's own"
+    ):
         (registered_strategies if group == "strategies" else registered_engines)()
 
 
@@ -227,7 +239,9 @@ def test_names_of_ours_cannot_be_taken(install, group, key):
         ("acme_plugin:number", ConfigError, "no function that builds"),
     ],
 )
-def test_broken_entry_points_are_named_when_they_are_chosen(install, target, kind, words):
+def test_broken_entry_points_are_named_when_they_are_chosen(
+    install: Callable[..., None], target: str, kind: type[Exception], words: str
+) -> None:
     """A plugin that cannot be imported or called disturbs nobody until it is chosen, and is named then."""
     install("acme_plugin", f"[lightrft.strategies]\nacme = {target}\n", PLUGIN)
     assert windows(get_strategy(SINGLE)) == 2
@@ -236,7 +250,7 @@ def test_broken_entry_points_are_named_when_they_are_chosen(install, target, kin
     assert isinstance(caught.value, LightRFTError)
 
 
-def test_building_has_no_side_effect():
+def test_building_has_no_side_effect() -> None:
     """Building twice gives strategies that mean the same, and draws nothing from the random streams."""
     import random
 

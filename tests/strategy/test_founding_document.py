@@ -1,4 +1,4 @@
-"""The snippets of the design philosophy that the project was founded on, line by line, as a user has them in their code.
+"""The snippets of the design philosophy that the project was founded on, line by line, as they are in users' code.
 
 What the snippets elide (models, data, loss) is filled in by fixtures and by functions before them.
 """
@@ -6,6 +6,8 @@ What the snippets elide (models, data, loss) is filled in by fixtures and by fun
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ ONE_PROCESS = "ignore:strategy='(deepspeed|fsdp2)' with one process is 'single':
 
 
 @pytest.fixture
-def args():
+def args() -> argparse.Namespace:
     """Return arguments as a training script parses them, with some that are no setting of a strategy."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seed", type=int, default=42)
@@ -34,13 +36,13 @@ def args():
 
 
 @pytest.fixture(autouse=True)
-def _torn_down():
+def _torn_down() -> Iterator[None]:
     yield
     get_fake_strategy().teardown()
 
 
 @pytest.mark.filterwarnings(ONE_PROCESS)
-def test_strategy_factory(args):
+def test_strategy_factory(args: argparse.Namespace) -> None:
     """`get_strategy(args)` selects by args.fsdp and gives a strategy that works."""
     strategy = get_strategy(args)
     assert strategy.setup_distributed().world_size == 1
@@ -49,7 +51,7 @@ def test_strategy_factory(args):
     assert strategy.setup_distributed().world_size == 1
 
 
-def test_configuration_management(args):
+def test_configuration_management(args: argparse.Namespace) -> None:
     """`StrategyConfig.from_args(args)` gives typed settings and keeps the rest."""
     config = StrategyConfig.from_args(args)
     learning_rate = config.actor_learning_rate
@@ -61,7 +63,7 @@ def test_configuration_management(args):
     assert config.args is args
 
 
-def test_improved_type_safety(args):
+def test_improved_type_safety(args: argparse.Namespace) -> None:
     """The typed settings have the values that getattr with a default gave."""
     seed = getattr(args, "seed", 42)
     max_norm = getattr(args, "max_norm", 1.0)
@@ -71,7 +73,7 @@ def test_improved_type_safety(args):
 
 @pytest.mark.filterwarnings(ONE_PROCESS)
 @pytest.mark.parametrize("fsdp", [False, True])
-def test_basic_usage(args, fsdp):
+def test_basic_usage(args: argparse.Namespace, fsdp: bool) -> None:
     """The basic training loop runs: four epochs lower the loss, and it steps once every two micro-batches."""
     args.fsdp = fsdp
     torch.manual_seed(0)
@@ -81,7 +83,7 @@ def test_basic_usage(args, fsdp):
     max_steps = 8
     losses = []
 
-    def compute_loss(batch):
+    def compute_loss(batch: list[torch.Tensor]) -> torch.Tensor:
         loss = (actor(batch[0]) - batch[1]).square().mean()
         losses.append(loss.item())
         return loss
@@ -112,7 +114,7 @@ def test_basic_usage(args, fsdp):
 
 
 @pytest.mark.filterwarnings(ONE_PROCESS)
-def test_configuration_driven_usage():
+def test_configuration_driven_usage() -> None:
     """The document's own configuration builds a strategy that accumulates eight micro-batches in bfloat16."""
     # Create configuration
     config = StrategyConfig(
@@ -132,7 +134,7 @@ def test_configuration_driven_usage():
     assert model(torch.ones(4, 2)).dtype == torch.bfloat16
 
 
-def test_testing_with_fake_strategy(tmp_path, monkeypatch):
+def test_testing_with_fake_strategy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fake strategy works without a distributed environment, and its checkpoint can be loaded."""
     monkeypatch.chdir(tmp_path)
     model = nn.Linear(2, 1)
@@ -154,7 +156,7 @@ def test_testing_with_fake_strategy(tmp_path, monkeypatch):
     assert torch.equal(model.weight, saved)
 
 
-def test_common_interface(tmp_path):
+def test_common_interface(tmp_path: Path) -> None:
     """Every method of the document's common interface works, called as it is listed there."""
     strategy = get_strategy(StrategyConfig(strategy="single"))
     model = nn.Linear(2, 1)

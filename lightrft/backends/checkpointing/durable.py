@@ -113,7 +113,7 @@ def sync_directory(path: Path) -> None:
     Args:
         path: the directory.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = _open_directory(path)
     try:
         os.fsync(descriptor)
     finally:
@@ -160,17 +160,16 @@ def staging(target: Path) -> Generator[Path, None, None]:
     Args:
         target: where the content will stand; its parent exists.
     """
-    root = target.with_name(f".{target.name}.tmp-{os.urandom(8).hex()}")  # `random` is part of what is saved
-    root.mkdir()
-    with _locked(root):
-        try:
-            write_file(root / _MARKER, [b'{"format": "lightrft-unfinished", "version": 1}\n'])
-            (root / _CONTENT).mkdir()
-            yield root / _CONTENT
-        finally:
-            # after a commit nothing but the marker is left, and the next writer would remove it
-            with suppress(OSError):
-                _remove_staging(root)
+    root, descriptor = _locked_directory(target)
+    try:
+        write_file(root / _MARKER, [b'{"format": "lightrft-unfinished", "version": 1}\n'])
+        (root / _CONTENT).mkdir()
+        yield root / _CONTENT
+    finally:
+        # after a commit nothing but the marker is left, and the next writer would remove it
+        with suppress(OSError):
+            _remove_staging(root)
+        os.close(descriptor)
 
 
 def commit(content: Path, target: Path) -> None:
@@ -218,20 +217,40 @@ def remove_leftovers(parent: Path, name: str) -> None:
     """
     pattern = re.compile(rf"\.(?:{name})\.tmp-[0-9a-f]{{16}}")
     for path in sorted(parent.iterdir()):
-        if pattern.fullmatch(path.name) and stat.S_ISDIR(path.lstat().st_mode) and _is_ours(path):
-            with _locked(path) as is_abandoned:
-                if is_abandoned:
-                    _remove_staging(path)
+        if pattern.fullmatch(path.name) and not path.is_symlink():
+            with suppress(FileNotFoundError, NotADirectoryError):  # its writer has finished meanwhile, or it is a file
+                _remove_if_abandoned(path)
 
 
-@contextmanager
-def _locked(path: Path) -> Generator[bool, None, None]:
-    """Yield whether this process holds the directory's advisory lock; file systems without locks hold none."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _locked_directory(target: Path) -> tuple[Path, int]:
+    """Make a directory beside the target and lock it; file systems without locks hold none."""
+    while True:
+        root = target.with_name(f".{target.name}.tmp-{os.urandom(8).hex()}")  # `random` is part of what is saved
+        root.mkdir()
+        try:
+            descriptor = _open_directory(root)
+        except FileNotFoundError:
+            if not target.parent.is_dir():
+                raise
+            continue
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if root.exists():
+            return root, descriptor
+        os.close(descriptor)  # another writer took it for a leftover, between its making and its lock
+
+
+def _remove_if_abandoned(root: Path) -> None:
+    descriptor = _open_directory(root)
     try:
-        yield _try_lock(descriptor)
+        if _try_lock(descriptor) and _is_ours(root):
+            _remove_staging(root)
     finally:
         os.close(descriptor)  # ends the lock, as the end of the process does
+
+
+def _open_directory(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -131,7 +131,7 @@ def _plan_numpy(state: Json) -> Callable[[], None]:
 
     name, keys, position, has_gauss, gauss = cast("tuple[str, list[int], int, int, float]", decode(state))
     decoded = (name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss)
-    np.random.RandomState().set_state(decoded)
+    np.random.RandomState(0).set_state(decoded)
 
     def restore() -> None:
         np.random.set_state(decoded)  # noqa: NPY002 (numpy's global stream)

@@ -52,7 +52,7 @@ def plan_entry(entry: Entry, directory: Path, files: Mapping[str, object]) -> Re
         CheckpointError: names, shapes, dtypes or ties differ; the message names them and the file.
     """
     record_path = directory / state_file(entry.name)
-    record = as_dict(loads(_read(record_path), source=str(record_path)), source=str(record_path))
+    record = as_dict(loads(record_path.read_bytes(), source=str(record_path)), source=str(record_path))
     model = named_state(entry.model, owner=entry.name)
     _require_equal(
         record_path, "tied names", saved=as_dict(record.get("aliases"), source=str(record_path)), live=model.aliases
@@ -283,10 +283,3 @@ def _require_equal(path: Path, what: str, *, saved: Mapping[str, object], live: 
     words = difference(saved=saved, live=live)
     if words is not None:
         raise CheckpointError(f"{path} ({what}) {words}; load into the model, optimizer and schedule that were saved.")
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; the checkpoint has no such entry.") from error

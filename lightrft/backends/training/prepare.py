@@ -118,7 +118,7 @@ def build_prepare_models_and_optimizers(
         )
         return prepare((model, optimizer, scheduler))
 
-    def prepare_models_and_optimizers(  # noqa: PLR0917 (the founding interface)
+    def prepare_models_and_optimizers(
         actor: nn.Module,
         critic: nn.Module | None,
         reward_models: nn.Module | Sequence[nn.Module] | None,

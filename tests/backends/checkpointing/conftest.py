@@ -1,4 +1,4 @@
-"""What the tests of checkpointing share: the functions under test, a model with everything awkward, and its whole state."""
+"""What the tests of checkpointing share: the functions under test, an awkward model, and its whole state."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def train() -> Callable[[Trainable, int], list[float]]:
         model, optimizer, scheduler = trainable
         losses: list[float] = []
         for _ in range(num_micro_batches):
-            tokens_T = torch.tensor([random.randrange(5), int(np.random.randint(5)), int(torch.randint(5, ()))])
+            tokens_T = torch.tensor([random.randrange(5), int(np.random.randint(5)), int(torch.randint(5, ()))])  # noqa: NPY002, S311 (numpy's global stream)
             loss = model(tokens_T)
             loss.backward()
             losses.append(loss.item())
@@ -128,12 +128,12 @@ def snapshot() -> Callable[[Trainable], Snapshot]:
         state = scheduler.state_dict() if scheduler is not None else {}
         return {
             "model": bits(dict(model.state_dict())),
-            "ties": [[a == b for b in map(id, tensors)] for tensors in [list(model.parameters())] for a in map(id, tensors)],
+            "ties": [names[id(p)] for _, p in model.named_parameters(remove_duplicate=False)],
             "gradients": {name: bits(p.grad) for name, p in model.named_parameters()},
             "groups": [bits({k: v for k, v in group.items() if k != "params"}) for group in optimizer.param_groups],
             "state": {names[id(p)]: bits(dict(s)) for p, s in optimizer.state.items()},
             "schedule": bits(dict(state)),
-            "random": bits([random.getstate(), torch.get_rng_state(), json.dumps(str(np.random.get_state()))]),
+            "random": bits([random.getstate(), torch.get_rng_state(), json.dumps(str(np.random.get_state()))]),  # noqa: NPY002 (numpy's global stream)
         }
 
     return take

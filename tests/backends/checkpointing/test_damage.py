@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import re
 import shutil
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from lightrft.backends.checkpointing.canonical import CheckpointFunctions
-from lightrft.errors import CheckpointError
+from lightrft.errors import CheckpointError, ConfigError
 from lightrft.strategy.protocols.training import Trainable
 
 Make = Callable[..., Trainable]
@@ -79,7 +78,7 @@ def test_a_flipped_bit_is_refused(saved: Path, refused: Callable[[str], None], n
     """One flipped bit at any of 20 random places of a file is refused, and the file and the older step are named."""
     path = saved / "step-00000002" / name
     content = path.read_bytes()
-    places = random.Random(name)
+    places = random.Random(name)  # noqa: S311 (no secret)
     for _ in range(20):
         damaged = bytearray(content)
         damaged[places.randrange(len(content))] ^= 1 << places.randrange(8)
@@ -111,7 +110,7 @@ def test_truncated_removed_swapped_and_lengthened_files_are_refused(
 def test_an_older_step_loads_beside_a_damaged_one(
     saved: Path, checkpointing: CheckpointFunctions, make_trainable: Make
 ) -> None:
-    """The damaged newest checkpoint is refused and not passed over, also without its manifest; the older one loads by name."""
+    """A newest checkpoint without its manifest is refused and not passed over; the older one loads by its step."""
     (saved / "step-00000002" / "manifest.json").unlink()
     assert checkpointing.latest_ckpt(saved) == 1
     with pytest.raises(CheckpointError, match=r"step-00000002/manifest.json cannot be read: .*step=1; pass that"):
@@ -308,6 +307,8 @@ def test_models_and_optimizers_must_be_those_that_were_saved(
         checkpointing.load_ckpt({"model": trainable, "critic": nn.Linear(1, 1)}, saved)
     with pytest.raises(CheckpointError, match="has an optimizer and the call has none"):
         checkpointing.load_ckpt(trainable.model, saved)
+    with pytest.raises(ConfigError, match="no parameter of the model"):
+        checkpointing.load_ckpt(trainable._replace(optimizer=make_trainable(2).optimizer), saved)
 
 
 def test_a_plain_model_does_not_become_a_trained_one(tmp_path: Path, checkpointing: CheckpointFunctions) -> None:
@@ -361,5 +362,5 @@ def test_a_checkpoint_can_be_copied(
     """A copied directory, or a link to one, loads: nothing in it depends on where it stands."""
     shutil.copytree(saved / "step-00000002", tmp_path / "other" / "step-00000002")
     assert checkpointing.load_ckpt(make_trainable(1), tmp_path / "other").step == 2
-    os.symlink(saved / "step-00000001", tmp_path / "other" / "step-00000001")
+    (tmp_path / "other" / "step-00000001").symlink_to(saved / "step-00000001")
     assert checkpointing.load_ckpt(make_trainable(1), tmp_path / "other", step=1).step == 1

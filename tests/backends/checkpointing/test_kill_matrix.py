@@ -11,15 +11,16 @@ import lightrft
 
 
 def test_a_writer_killed_at_any_operation_loses_nothing() -> None:
-    """Whatever the operation before which a save dies (as SIGKILL would end it), every committed checkpoint loads, the
-    newest committed one is found, the one that is removed goes after its successor is there, and the next save succeeds
-    and leaves no rubbish behind."""
+    """Whatever the operation before which a save dies, every committed checkpoint loads, and the next save succeeds.
+
+    The newest committed one is what is found, the oldest goes after its successor is there, and no rubbish stays.
+    """
     # a file system in memory where there is one: what is tested is the order of operations, not the disk
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108
     program = Path(__file__).with_name("kill_matrix_program.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(lightrft.__file__).parents[1])}
     with tempfile.TemporaryDirectory(dir=memory) as directory:
-        done = subprocess.run(
+        done = subprocess.run(  # noqa: S603 (our own program)
             [sys.executable, str(program), directory], capture_output=True, text=True, env=environment, check=False
         )
     assert done.returncode == 0, done.stderr

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+from collections.abc import Iterator
 from datetime import timedelta
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightrft.backends.collectives.record import CollectiveFunctions
 from lightrft.backends.collectives.seeding import stream_seed
 from lightrft.backends.collectives.single import build_collectives, device_of_process
 from lightrft.errors import ConfigError, UnsupportedError
@@ -22,7 +25,7 @@ ONE_RANK = {"mean": np.mean, "sum": np.sum, "max": np.max, "min": np.min}
 
 
 @pytest.fixture
-def collectives():
+def collectives() -> Iterator[CollectiveFunctions]:
     """Return the collectives, and leave the random streams as a first set-up finds them."""
     built = build_collectives(StrategyConfig(seed=3))
     yield built
@@ -50,8 +53,10 @@ def is_allowed(dtype: torch.dtype, op: str) -> bool:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", ONE_RANK)
-def test_all_reduce_is_numpy_s_reduction_over_one_rank(collectives, op, dtype, shape):
-    """All_reduce equals numpy's reduction over an axis of one rank, in the same dtype, or is refused for every shape alike."""
+def test_all_reduce_is_numpy_s_reduction_over_one_rank(
+    collectives: CollectiveFunctions, op: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    """All_reduce is numpy's reduction over an axis of one rank, in the same dtype, or refused for every shape alike."""
     value = tensor_of(dtype, shape)
     if not is_allowed(dtype, op):
         with pytest.raises(ConfigError, match="no meaning"):
@@ -66,7 +71,7 @@ def test_all_reduce_is_numpy_s_reduction_over_one_rank(collectives, op, dtype, s
 
 
 @pytest.mark.parametrize("name", ["all_reduce", "all_gather", "broadcast"])
-def test_results_share_no_memory_with_their_inputs(collectives, name):
+def test_results_share_no_memory_with_their_inputs(collectives: CollectiveFunctions, name: str) -> None:
     """Writing into a result leaves the input alone, also for slices and expanded tensors."""
     storage = torch.arange(6, dtype=torch.float32)
     for value in (storage, storage[1:3], torch.zeros(1).expand(3), torch.tensor(1.0)):
@@ -76,40 +81,40 @@ def test_results_share_no_memory_with_their_inputs(collectives, name):
         assert torch.equal(value, before)
 
 
-def test_results_are_detached_from_the_graph(collectives):
+def test_results_are_detached_from_the_graph(collectives: CollectiveFunctions) -> None:
     """A collective's result has no gradient history, as that of many ranks has none."""
     value = torch.ones(2, requires_grad=True)
     assert not collectives.all_reduce(value).requires_grad
     assert not collectives.all_gather(value).requires_grad
 
 
-def test_all_gather_makes_scalars_one_dimensional(collectives):
+def test_all_gather_makes_scalars_one_dimensional(collectives: CollectiveFunctions) -> None:
     """All_gather of a 0-d tensor is 1-d with one entry per rank; other shapes stay."""
     gathered = collectives.all_gather({"loss": torch.tensor(2.5), "ids": torch.zeros(0, 4, dtype=torch.int64)})
     assert torch.equal(gathered["loss"], torch.tensor([2.5]))
     assert gathered["ids"].shape == (0, 4)
 
 
-def test_numbers_are_reduced_and_broadcast_but_not_gathered(collectives):
+def test_numbers_are_reduced_and_broadcast_but_not_gathered(collectives: CollectiveFunctions) -> None:
     """Python numbers keep their type; gathering them is refused with the tensor to pass instead."""
     assert collectives.all_reduce({"x": 1.5, "n": {"k": 2.0}}) == {"x": 1.5, "n": {"k": 2.0}}
     total = collectives.all_reduce(2**60 + 1, "sum")
     assert total == 2**60 + 1
     assert type(total) is int
-    assert collectives.all_reduce(True, "max") is True  # noqa: FBT003
+    assert collectives.all_reduce(True, "max") is True
     assert collectives.broadcast(7) == 7
     with pytest.raises(ConfigError, match=r"data\['n'\]=3 is a number.*torch.tensor\(3\)"):
         collectives.all_gather({"n": 3})
 
 
 @pytest.mark.parametrize("value", [1, True, torch.tensor(1), torch.tensor(data=True)])
-def test_mean_of_whole_numbers_is_refused(collectives, value):
+def test_mean_of_whole_numbers_is_refused(collectives: CollectiveFunctions, value: object) -> None:
     """The mean of integers and bools over several ranks is no integer and no bool, so one rank refuses it too."""
     with pytest.raises(ConfigError, match=r"op='mean' has no meaning for data\['v'\]"):
         collectives.all_reduce({"v": value})
 
 
-def test_unknown_ops_and_values_are_named(collectives):
+def test_unknown_ops_and_values_are_named(collectives: CollectiveFunctions) -> None:
     """An unknown reduction, an unusable value and a rank that is not there are each an error that says what to do."""
     with pytest.raises(ConfigError, match=r"op='men' is not known; did you mean 'mean'\?"):
         collectives.all_reduce(torch.ones(1), "men")
@@ -127,7 +132,7 @@ def test_unknown_ops_and_values_are_named(collectives):
         max_leaves=6,
     )
 )
-def test_structures_come_back_with_equal_leaves_and_new_dicts(data):
+def test_structures_come_back_with_equal_leaves_and_new_dicts(data: object) -> None:
     """Any nesting of dicts comes back with the same keys in the same order, equal leaves and no dict shared."""
     collectives = build_collectives(StrategyConfig())
     for result in (collectives.all_reduce(data), collectives.broadcast(data)):
@@ -152,7 +157,7 @@ def draws() -> tuple[float, float, float]:
     return random.random(), float(np.random.random()), torch.rand(()).item()  # noqa: NPY002, S311
 
 
-def test_set_up_seeds_all_streams_from_the_seed_alone(collectives):
+def test_set_up_seeds_all_streams_from_the_seed_alone(collectives: CollectiveFunctions) -> None:
     """After set-up the draws of Python, numpy and torch are a function of the seed, whatever was drawn before."""
     draws()
     collectives.setup_distributed()
@@ -167,7 +172,19 @@ def test_set_up_seeds_all_streams_from_the_seed_alone(collectives):
     other.teardown()
 
 
-def test_second_set_up_does_nothing(collectives):
+def test_set_up_works_without_numpy(collectives: CollectiveFunctions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where numpy is not loaded, the streams of Python and torch are seeded all the same."""
+    collectives.setup_distributed()
+    expected = draws()
+    collectives.teardown()
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "numpy")
+        collectives.setup_distributed()
+    found = draws()
+    assert (found[0], found[2]) == (expected[0], expected[2])
+
+
+def test_second_set_up_does_nothing(collectives: CollectiveFunctions) -> None:
     """A second set-up, by this strategy or by another one of an equal config, leaves the streams where they were."""
     world = collectives.setup_distributed()
     first, second = draws(), draws()
@@ -179,7 +196,7 @@ def test_second_set_up_does_nothing(collectives):
     assert draws() == second
 
 
-def test_set_up_leaves_restored_streams_alone(collectives):
+def test_set_up_leaves_restored_streams_alone(collectives: CollectiveFunctions) -> None:
     """A process that restored torch's stream of a run with this seed is not seeded again by set-up."""
     collectives.setup_distributed()
     torch.rand(5)
@@ -192,7 +209,7 @@ def test_set_up_leaves_restored_streams_alone(collectives):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_teardown_without_set_up_does_nothing(collectives):
+def test_teardown_without_set_up_does_nothing(collectives: CollectiveFunctions) -> None:
     """Teardown leaves streams that no set-up seeded as they are, and a second teardown does nothing."""
     torch.manual_seed(11)
     before = torch.get_rng_state()
@@ -206,14 +223,14 @@ def test_teardown_without_set_up_does_nothing(collectives):
 
 
 @given(st.integers(0, 2**64), st.integers(0, 1000))
-def test_streams_of_different_ranks_differ(seed, rank):
+def test_streams_of_different_ranks_differ(seed: int, rank: int) -> None:
     """Stream seeds fit torch's range and differ between neighbouring seeds and ranks."""
     numbers = {stream_seed(seed, rank), stream_seed(seed, rank + 1), stream_seed(seed + 1, rank)}
     assert len(numbers) == 3
     assert all(0 <= number < 2**63 for number in numbers)
 
 
-def test_world_of_one(collectives, capsys):
+def test_world_of_one(collectives: CollectiveFunctions, capsys: pytest.CaptureFixture[str]) -> None:
     """One process is rank 0 of 1 on this machine's device, speaks for all and need not wait."""
     world = collectives.setup_distributed()
     assert (world.rank, world.local_rank, world.world_size, world.device) == (0, 0, 1, device_of_process())
@@ -225,13 +242,13 @@ def test_world_of_one(collectives, capsys):
 
 
 @pytest.mark.parametrize("timeout", [0, -1.0, timedelta(0), float("nan")])
-def test_timeouts_must_be_positive(collectives, timeout):
+def test_timeouts_must_be_positive(collectives: CollectiveFunctions, timeout: object) -> None:
     """A timeout of nothing, less than nothing or NaN is refused, although one process never waits."""
     with pytest.raises(ConfigError, match="timeout="):
         collectives.setup_distributed(timeout=timeout)
 
 
-def test_several_processes_are_refused(collectives, monkeypatch):
+def test_several_processes_are_refused(collectives: CollectiveFunctions, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under a launcher of several processes both building and set-up refuse, because each would train alone."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UnsupportedError, match=r"WORLD_SIZE=2 .*--nproc-per-node=1"):
@@ -241,14 +258,14 @@ def test_several_processes_are_refused(collectives, monkeypatch):
 
 
 @pytest.mark.parametrize("written", ["two", "", "-1", "0", "1.0", "²"])
-def test_a_malformed_launch_is_named(monkeypatch, written):
+def test_a_malformed_launch_is_named(monkeypatch: pytest.MonkeyPatch, written: str) -> None:
     """A WORLD_SIZE that is no positive integer is an error that shows it."""
     monkeypatch.setenv("WORLD_SIZE", written)
     with pytest.raises(ConfigError, match="WORLD_SIZE="):
         build_collectives(StrategyConfig())
 
 
-def test_torchrun_with_one_process_is_one_process(monkeypatch):
+def test_torchrun_with_one_process_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment of `torchrun --nproc-per-node=1` is accepted, and its LOCAL_RANK reported."""
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("LOCAL_RANK", "0")

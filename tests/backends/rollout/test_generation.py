@@ -133,7 +133,7 @@ def test_laws_of_generation(
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}, {"top_k": 7, "stop_token_ids": (1, 2, 3, 4, 5, 6)}])
 def test_tokens_do_not_depend_on_the_batch(tiny_model: BuildTinyModel, path: Path, settings: dict[str, object]) -> None:
-    """The same tokens come out in one batch, in batches of three, and prompt by prompt with the same numbers."""
+    """The same tokens come out in one batch, in batches of three, and prompt by prompt with their numbers."""
     model = tiny_model("qwen2")
     params = SamplingParams(**{"max_new_tokens": 10, "n": 3, "seed": 5, **settings})
     whole = build_token_generator(model, path=path).generate(RAGGED, params)
@@ -157,7 +157,7 @@ def test_seeds_prompts_and_samples_have_streams_of_their_own(tiny_model: BuildTi
 
 
 def test_sampled_frequencies_fit_the_model(tiny_model: BuildTinyModel) -> None:
-    """The first tokens of 6000 samples of one prompt fit the model's softmax: chi-square below its 1 - 1e-6 quantile."""
+    """The first tokens of 6000 samples fit the softmax of the model: chi-square is below its 1 - 1e-6 quantile."""
     model = tiny_model("llama")
     params = SamplingParams(max_new_tokens=1, n=6000, temperature=1.3)
     made = build_token_generator(model, max_batch_size=6000).generate([[5, 6, 7]], params)

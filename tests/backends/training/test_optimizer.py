@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -37,7 +38,7 @@ def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Ten
     assert strategy.optimizer_step(optimizer, model, None).stepped
 
 
-def test_tied_parameters_are_stepped_once_and_stay_tied():
+def test_tied_parameters_are_stepped_once_and_stay_tied() -> None:
     """A tied matrix is one parameter of the optimizer; after a step both names still hold one tensor."""
     torch.manual_seed(0)
     model, reference = Tied(), Tied()
@@ -53,7 +54,7 @@ def test_tied_parameters_are_stepped_once_and_stay_tied():
     assert torch.equal(model.embedding.weight, reference.embedding.weight)
 
 
-def test_frozen_parameters_keep_their_bits_and_get_no_state():
+def test_frozen_parameters_keep_their_bits_and_get_no_state() -> None:
     """Parameters that ask for no gradient are not the optimizer's, do not move and do not decay."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
     model[0].requires_grad_(requires_grad=False)
@@ -64,7 +65,7 @@ def test_frozen_parameters_keep_their_bits_and_get_no_state():
     assert set(optimizer.state) == set(model[1].parameters())
 
 
-def test_weight_decay_leaves_norms_and_biases_alone():
+def test_weight_decay_leaves_norms_and_biases_alone() -> None:
     """With a gradient of zero, decay shrinks matrices by 1 - lr * decay and leaves everything of fewer dims alone."""
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -75,20 +76,20 @@ def test_weight_decay_leaves_norms_and_biases_alone():
         torch.testing.assert_close(parameter.detach(), before[name] * factor)
 
 
-def test_groups_are_never_empty():
+def test_groups_are_never_empty() -> None:
     """A model of vectors alone, or of matrices alone, has one group."""
     vectors, matrices = nn.LayerNorm(3), nn.Linear(3, 3, bias=False)
     assert [group["weight_decay"] for group in create_adamw(vectors, weight_decay=0.1).param_groups] == [0.0]
     assert [group["weight_decay"] for group in create_adamw(matrices, weight_decay=0.1).param_groups] == [0.1]
 
 
-def test_settings_reach_the_optimizer():
+def test_settings_reach_the_optimizer() -> None:
     """Learning rate, betas, eps and the fused kernel are those that were asked for."""
     group = create_adamw(nn.Linear(2, 2), lr=0.5, betas=(0.1, 0.2), eps=1e-3).param_groups[0]
     assert (group["lr"], group["betas"], group["eps"], group["fused"]) == (0.5, (0.1, 0.2), 1e-3, True)
 
 
-def test_a_model_without_trained_parameters_is_refused():
+def test_a_model_without_trained_parameters_is_refused() -> None:
     """An optimizer of nothing is an error that names the model."""
     with pytest.raises(ConfigError, match="model=Linear has no parameter"):
         create_adamw(nn.Linear(2, 2).requires_grad_(requires_grad=False))
@@ -100,8 +101,8 @@ def test_a_model_without_trained_parameters_is_refused():
     warmup_ratio=st.floats(0, 1),
     min_ratio=st.floats(0, 1),
 )
-def test_schedules_warm_up_and_decay(kind, num_steps, warmup_ratio, min_ratio):
-    """Rates rise during the warm-up, never afterwards; they are positive at first, never above the peak, and end at the floor."""
+def test_schedules_warm_up_and_decay(kind: str, num_steps: int, warmup_ratio: float, min_ratio: float) -> None:
+    """Rates rise during the warm-up and never afterwards; all are positive at first, at most the peak, and end low."""
     warmup = int(warmup_ratio * num_steps)
     rates = [
         rate_factor(step, kind, num_steps=num_steps, warmup_steps=warmup, min_ratio=min_ratio)
@@ -109,8 +110,8 @@ def test_schedules_warm_up_and_decay(kind, num_steps, warmup_ratio, min_ratio):
     ]
     assert rates[0] > 0
     assert max(rates) <= 1 + 1e-12
-    assert all(a < b for a, b in zip(rates[:warmup], rates[1 : warmup + 1], strict=False))
-    assert all(a >= b - 1e-12 for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(rates[: warmup + 1]))
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(rates[warmup:]))
     if warmup < num_steps:
         assert rates[warmup] == pytest.approx(1.0)
     if kind != "constant" and warmup < num_steps - 1:
@@ -118,7 +119,7 @@ def test_schedules_warm_up_and_decay(kind, num_steps, warmup_ratio, min_ratio):
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
-def test_decay_is_torch_s_own(kind):
+def test_decay_is_torch_s_own(kind: str) -> None:
     """Linear and cosine decay follow torch's LinearLR and CosineAnnealingLR over the same steps."""
 
     def rates(build: object) -> list[float]:
@@ -142,7 +143,7 @@ def test_decay_is_torch_s_own(kind):
     assert rates(ours) == pytest.approx(rates(theirs), rel=1e-12)
 
 
-def test_a_schedule_resumes_where_it_was():
+def test_a_schedule_resumes_where_it_was() -> None:
     """A schedule's state loaded into a new one gives the rates that the first one would have given."""
 
     def build() -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
@@ -160,10 +161,12 @@ def test_a_schedule_resumes_where_it_was():
         each.step()
         its.step()
     assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
-    assert math.isclose(optimizer.param_groups[0]["lr"], rate_factor(5, "cosine", num_steps=10, warmup_steps=2, min_ratio=0))
+    assert math.isclose(
+        optimizer.param_groups[0]["lr"], rate_factor(5, "cosine", num_steps=10, warmup_steps=2, min_ratio=0)
+    )
 
 
-def test_unknown_schedules_and_empty_runs_are_refused():
+def test_unknown_schedules_and_empty_runs_are_refused() -> None:
     """An unknown name is an error with the nearest one, and a run has at least one step."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     with pytest.raises(ConfigError, match="did you mean 'cosine'"):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import gc
 import json
+import operator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 from lightrft.backends.training.autocast import AutocastModel, wrap_autocast
 from lightrft.backends.training.memory import _resident_bytes, move_handles
 from lightrft.backends.training.parameters import named_tensors
+from lightrft.backends.training.record import TrainingFunctions
 from lightrft.backends.training.single import build_training
 from lightrft.data.sampler import ResumableSampler
 from lightrft.errors import ConfigError
@@ -22,11 +26,11 @@ from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.protocols.training import Trainable
 
 
-def training(**changes):
+def training(**changes: object) -> TrainingFunctions:
     return build_training(StrategyConfig(**{"strategy": "single", **changes}))
 
 
-def test_prepare_returns_what_it_was_given():
+def test_prepare_returns_what_it_was_given() -> None:
     """One argument gives one thing and several give a list; a model stays a model and a triple becomes a Trainable."""
     strategy = training()
     model, other = nn.Linear(2, 2), nn.Linear(2, 2)
@@ -39,13 +43,11 @@ def test_prepare_returns_what_it_was_given():
     assert optimizer.param_groups[0]["micro_batches"] == 0
 
 
-def test_is_rlhf_freezes_models_without_an_optimizer():
+def test_is_rlhf_freezes_models_without_an_optimizer() -> None:
     """With is_rlhf models alone are frozen and in evaluation mode; those with an optimizer are trained."""
     strategy = training()
     model, reference = nn.Linear(2, 2), nn.Linear(2, 2)
-    kept, frozen = strategy.prepare(
-        (model, torch.optim.SGD(model.parameters(), lr=0.1), None), reference, is_rlhf=True
-    )
+    kept, frozen = strategy.prepare((model, torch.optim.SGD(model.parameters(), lr=0.1), None), reference, is_rlhf=True)
     assert kept.model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not frozen.training
@@ -55,7 +57,7 @@ def test_is_rlhf_freezes_models_without_an_optimizer():
     assert untouched.weight.requires_grad
 
 
-def test_prepare_reward_model_freezes():
+def test_prepare_reward_model_freezes() -> None:
     """A reward model comes back in evaluation mode and asks for no gradient."""
     model = training().prepare_reward_model(nn.Linear(2, 1))
     assert not model.training
@@ -66,20 +68,18 @@ def test_prepare_reward_model_freezes():
     ("reward_models", "count"),
     [(None, 0), (nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1)), 1), ([nn.Linear(2, 1), nn.Linear(2, 1)], 2), ((), 0)],
 )
-def test_prepare_models_and_optimizers_takes_what_there_is(reward_models, count):
+def test_prepare_models_and_optimizers_takes_what_there_is(reward_models: object, count: int) -> None:
     """Any of critic, reward models and reference may be missing; one Sequential is one reward model."""
     strategy = training()
-    actor, critic, rewards, initial = strategy.prepare_models_and_optimizers(
-        nn.Linear(2, 2), None, reward_models, None
-    )
+    actor, critic, rewards, initial = strategy.prepare_models_and_optimizers(nn.Linear(2, 2), None, reward_models, None)
     assert isinstance(actor, Trainable)
     assert (critic, initial) == (None, None)
     assert len(rewards) == count
     assert not any(parameter.requires_grad for model in rewards for parameter in model.parameters())
 
 
-def test_optimizers_are_made_from_the_settings():
-    """Actor and critic take their own rates, betas, decay and schedule, from the call's arguments or the strategy's config."""
+def test_optimizers_are_made_from_the_settings() -> None:
+    """Actor and critic take rates, betas, decay and schedule from the call's arguments, or the strategy's config."""
     strategy = training(actor_learning_rate=0.5, critic_learning_rate=0.25, l2=0.1, lr_scheduler="constant")
     args = argparse.Namespace(
         actor_learning_rate=1.0, adam_betas=(0.5, 0.6), lr_scheduler="linear", lr_warmup_ratio=0.0, min_lr_ratio=0.0
@@ -104,7 +104,7 @@ def test_optimizers_are_made_from_the_settings():
     assert rates == [1.0, 0.5, 0.0]
 
 
-def test_bf16_computes_in_bfloat16_over_float32_parameters():
+def test_bf16_computes_in_bfloat16_over_float32_parameters() -> None:
     """A prepared model's forward computes in bfloat16; parameters, gradients and names of the plain model stay."""
     strategy = training(bf16=True)
     plain = nn.Linear(4, 4)
@@ -119,7 +119,7 @@ def test_bf16_computes_in_bfloat16_over_float32_parameters():
     assert [name for name, _ in strategy.named_tensors(model)] == ["weight", "bias"]
 
 
-def test_bf16_agrees_with_float32_within_its_own_precision():
+def test_bf16_agrees_with_float32_within_its_own_precision() -> None:
     """Three steps in bfloat16 stay within 2**-8 of float32, the relative precision of bfloat16 products."""
     losses = {}
     for bf16 in (False, True):
@@ -138,7 +138,7 @@ def test_bf16_agrees_with_float32_within_its_own_precision():
     assert losses[True] == pytest.approx(losses[False], rel=2**-8 * 4)
 
 
-def test_preparing_twice_changes_nothing():
+def test_preparing_twice_changes_nothing() -> None:
     """A prepared model and a prepared triple come back as they are."""
     strategy = training(bf16=True)
     model = strategy.prepare(nn.Linear(2, 2))
@@ -149,7 +149,7 @@ def test_preparing_twice_changes_nothing():
     assert strategy.prepare(trainable) == trainable
 
 
-def test_a_wrapped_model_has_the_attributes_of_the_plain_one():
+def test_a_wrapped_model_has_the_attributes_of_the_plain_one() -> None:
     """What the wrapper lacks is looked up in the model; what neither has is an AttributeError; copies work."""
     plain = nn.Sequential(nn.Linear(2, 2))
     plain.config = {"hidden": 2}
@@ -161,8 +161,8 @@ def test_a_wrapped_model_has_the_attributes_of_the_plain_one():
     assert wrap_autocast(nn.Identity())(torch.ones(1)).item() == 1.0
 
 
-def test_named_tensors_are_parameters_and_persistent_buffers():
-    """Every parameter and persistent buffer comes under its plain name, a tied tensor under each of its names, without copies."""
+def test_named_tensors_are_parameters_and_persistent_buffers() -> None:
+    """Every parameter and persistent buffer comes under its plain name, a tied tensor under each, without copies."""
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -184,7 +184,7 @@ def test_named_tensors_are_parameters_and_persistent_buffers():
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 0.992, 1.0])
-def test_moving_average_is_the_weighted_mean(beta):
+def test_moving_average_is_the_weighted_mean(beta: float) -> None:
     """Every parameter moves to beta * average + (1 - beta) * model, exactly at both ends, and the model stays."""
     model, average = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
     before, source = copy.deepcopy(average.state_dict()), copy.deepcopy(model.state_dict())
@@ -196,7 +196,7 @@ def test_moving_average_is_the_weighted_mean(beta):
         assert torch.equal(model.state_dict()[name], source[name])
 
 
-def test_moving_average_sees_through_wrappers():
+def test_moving_average_sees_through_wrappers() -> None:
     """A model under autocast and a plain average have the same names."""
     strategy = training(bf16=True)
     plain = nn.Linear(2, 2)
@@ -207,7 +207,7 @@ def test_moving_average_sees_through_wrappers():
     assert torch.equal(average.weight, plain.weight)
 
 
-def test_averages_of_another_model_are_refused():
+def test_averages_of_another_model_are_refused() -> None:
     """A beta out of range, other names and other shapes are errors that name what differs."""
     strategy = training()
     with pytest.raises(ConfigError, match=r"beta=1.5"):
@@ -218,7 +218,7 @@ def test_averages_of_another_model_are_refused():
         strategy.moving_average(nn.Linear(2, 1), nn.Linear(1, 1))
 
 
-def test_init_model_context_builds_the_same_model():
+def test_init_model_context_builds_the_same_model() -> None:
     """Models built inside the context, for later weights or not, are those built outside."""
     models = []
     for meta_init in (False, True):
@@ -234,14 +234,14 @@ def numbers(loader: object) -> list[list[int]]:
     return [batch[0].tolist() for batch in loader]
 
 
-def test_dataloaders_are_permutations_that_resume():
+def test_dataloaders_are_permutations_that_resume() -> None:
     """An epoch shows every sample once, in an order of the seed; a saved position continues with the next batch."""
     dataset = TensorDataset(torch.arange(10))
     strategy = training(seed=5)
     loader = strategy.setup_dataloader(dataset, 2)
     assert isinstance(loader.sampler, ResumableSampler)
     epochs = [numbers(loader), numbers(loader)]
-    assert [sorted(sum(epoch, [])) for epoch in epochs] == [list(range(10))] * 2
+    assert [sorted(functools.reduce(operator.iadd, epoch, [])) for epoch in epochs] == [list(range(10))] * 2
     assert epochs[0] != epochs[1]
     first = strategy.setup_dataloader(dataset, 2)
     batches = iter(first)
@@ -251,7 +251,7 @@ def test_dataloaders_are_permutations_that_resume():
     assert numbers(resumed) == epochs[0][2:]
 
 
-def test_dataloaders_take_torch_s_choices():
+def test_dataloaders_take_torch_s_choices() -> None:
     """Without shuffle the order is the dataset's; drop_last and collate_fn do what they do in torch."""
     dataset = TensorDataset(torch.arange(5))
     strategy = training()
@@ -260,7 +260,7 @@ def test_dataloaders_take_torch_s_choices():
     assert list(strategy.setup_dataloader(dataset, 5, collate_fn=len)) == [5]
 
 
-def test_iterating_a_loader_draws_nothing_from_the_global_stream():
+def test_iterating_a_loader_draws_nothing_from_the_global_stream() -> None:
     """A resumed run that iterates its loader once more has the random stream of the uninterrupted one."""
     loader = training().setup_dataloader(TensorDataset(torch.arange(4)), 2)
     before = torch.get_rng_state()
@@ -268,7 +268,7 @@ def test_iterating_a_loader_draws_nothing_from_the_global_stream():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_datasets_without_a_batch_are_refused():
+def test_datasets_without_a_batch_are_refused() -> None:
     """A dataset without a length, and one that is smaller than a batch that must be full, are errors."""
 
     class Stream(IterableDataset):
@@ -284,7 +284,7 @@ def test_datasets_without_a_batch_are_refused():
         strategy.setup_dataloader(TensorDataset(torch.arange(0)), 4, drop_last=False)
 
 
-def test_offload_and_reload_change_no_bit():
+def test_offload_and_reload_change_no_bit() -> None:
     """Moving a model and its optimizer away and back leaves every bit, and training goes on."""
     strategy = training()
     model = nn.Linear(2, 2)
@@ -301,8 +301,8 @@ def test_offload_and_reload_change_no_bit():
             assert all(torch.equal(bits[1][number][key], value) for key, value in state.items())
 
 
-def test_optimizer_state_moves_with_the_kernel_s_needs():
-    """Step counts move for fused optimizers and stay on the host for others, as torch places them; other state moves."""
+def test_optimizer_state_moves_with_the_kernel_s_needs() -> None:
+    """Step counts move for fused optimizers and stay on the host for others, as in torch; other state moves."""
     for fused in (True, False):
         model = nn.Linear(2, 2)
         optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
@@ -316,7 +316,7 @@ def test_optimizer_state_moves_with_the_kernel_s_needs():
         assert state["note"] == "not a tensor"
 
 
-def test_memory_reports_follow_allocations(tmp_path):
+def test_memory_reports_follow_allocations(tmp_path: Path) -> None:
     """A report carries its label, and the resident bytes grow with a large tensor that is written to."""
     strategy = training()
     gc.collect()

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lightrft.backends.training.record import TrainingFunctions
 from lightrft.backends.training.schedule import build_schedule
 from lightrft.backends.training.single import build_training
 from lightrft.errors import StepError
@@ -22,7 +23,7 @@ from lightrft.strategy.config import StrategyConfig
 LAWS = settings(deadline=None, max_examples=25)
 
 
-def training(**changes):
+def training(**changes: object) -> TrainingFunctions:
     return build_training(StrategyConfig(**{"strategy": "single", **changes}))
 
 
@@ -83,7 +84,7 @@ def assert_close(model: nn.Module, expected: nn.Module, tolerance: float = 1e-9)
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.05, 1e6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_steps_equal_the_raw_loop_bit_for_bit(dtype, max_norm):
+def test_steps_equal_the_raw_loop_bit_for_bit(dtype: torch.dtype, max_norm: float) -> None:
     """Ten steps with clipping off, on and out of reach give the bits of the raw loop, with its norms."""
     model, reference = network(dtype=dtype), network(dtype=dtype)
     strategy = training(max_norm=max_norm)
@@ -102,7 +103,7 @@ def test_steps_equal_the_raw_loop_bit_for_bit(dtype, max_norm):
 
 @LAWS
 @given(micro=st.integers(1, 4), steps=st.integers(1, 4), max_norm=st.sampled_from([0.0, 0.1]))
-def test_equal_micro_batches_give_the_step_of_the_whole_batch(micro, steps, max_norm):
+def test_equal_micro_batches_give_the_step_of_the_whole_batch(micro: int, steps: int, max_norm: float) -> None:
     """K micro-batches of one size and one batch of all their samples give the same step."""
     model, reference = network(), network()
     strategy = training(micro_train_batch_size=micro, train_batch_size=micro * steps, max_norm=max_norm)
@@ -121,7 +122,7 @@ def test_equal_micro_batches_give_the_step_of_the_whole_batch(micro, steps, max_
 
 @LAWS
 @given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=5), seed=st.integers(0, 99))
-def test_weighted_steps_do_not_depend_on_the_partition(sizes, seed):
+def test_weighted_steps_do_not_depend_on_the_partition(sizes: list[int], seed: int) -> None:
     """With weights that are shares of the whole, any partition of the samples gives the step of one batch."""
     model, reference = network(), network()
     strategy = training(max_norm=0.1)
@@ -139,7 +140,7 @@ def test_weighted_steps_do_not_depend_on_the_partition(sizes, seed):
 
 @LAWS
 @given(steps=st.integers(2, 5), windows=st.integers(1, 3))
-def test_nothing_changes_inside_a_window(steps, windows):
+def test_nothing_changes_inside_a_window(steps: int, windows: int) -> None:
     """Before the window is complete no parameter, state or rate changes by a bit; then each steps exactly once."""
     model = network()
     strategy = training(train_batch_size=steps)
@@ -160,7 +161,7 @@ def test_nothing_changes_inside_a_window(steps, windows):
         assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_the_position_travels_with_the_optimizer_s_state():
+def test_the_position_travels_with_the_optimizer_s_state() -> None:
     """A window that is interrupted, saved with `state_dict` and loaded elsewhere goes on where it was."""
     strategy = training(train_batch_size=3)
     model, resumed = network(), network()
@@ -179,8 +180,8 @@ def test_the_position_travels_with_the_optimizer_s_state():
 
 @LAWS
 @given(max_norm=st.floats(1e-4, 10), scale=st.floats(1e-6, 1e25))
-def test_clipping_bounds_one_norm_over_all_parameters(max_norm, scale):
-    """After clipping, the norm over all parameters together is at most max_norm, and the direction is the gradient's."""
+def test_clipping_bounds_one_norm_over_all_parameters(max_norm: float, scale: float) -> None:
+    """After clipping, the norm over all parameters together is at most max_norm, in the gradient's direction."""
     model = network()
     strategy = training(max_norm=max_norm)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -198,7 +199,7 @@ def test_clipping_bounds_one_norm_over_all_parameters(max_norm, scale):
         torch.testing.assert_close(step, gradient * share, rtol=1e-9, atol=1e-12)
 
 
-def test_a_norm_that_overflows_single_precision_is_still_clipped():
+def test_a_norm_that_overflows_single_precision_is_still_clipped() -> None:
     """Finite gradients whose sum of squares overflows float32 are a large gradient, not one that is not finite."""
     parameter = nn.Parameter(torch.zeros(2))
     model = nn.ParameterList([parameter])
@@ -211,7 +212,7 @@ def test_a_norm_that_overflows_single_precision_is_still_clipped():
     torch.testing.assert_close(parameter.detach(), torch.tensor([-0.6, -0.8]))
 
 
-def test_norms_of_half_precision_gradients_are_taken_in_single_precision():
+def test_norms_of_half_precision_gradients_are_taken_in_single_precision() -> None:
     """Bfloat16 gradients are measured in float32, where a bfloat16 norm would lose its last digits."""
     torch.manual_seed(0)
     model = nn.Linear(64, 64).to(torch.bfloat16)
@@ -226,7 +227,7 @@ def test_norms_of_half_precision_gradients_are_taken_in_single_precision():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("part", [0, 1])
-def test_a_gradient_that_is_not_finite_skips_the_step(bad, part):
+def test_a_gradient_that_is_not_finite_skips_the_step(bad: float, part: int) -> None:
     """Parameters, state, rate and schedule stay as they are, the gradient is cleared, the window ends and says why."""
     model = network()
     strategy = training(train_batch_size=2)
@@ -252,7 +253,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step(bad, part):
         assert strategy.optimizer_step(optimizer, model, scheduler).stepped == bool(number)
 
 
-def test_a_skip_is_reported_when_the_model_does_not_name_the_parameter():
+def test_a_skip_is_reported_when_the_model_does_not_name_the_parameter() -> None:
     """An optimizer over parameters that the model does not have still skips, and says so without a name."""
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
@@ -264,7 +265,7 @@ def test_a_skip_is_reported_when_the_model_does_not_name_the_parameter():
 
 @LAWS
 @given(order=st.permutations(["actor"] * 4 + ["critic"] * 4))
-def test_two_optimizers_do_not_influence_one_another(order):
+def test_two_optimizers_do_not_influence_one_another(order: list[str]) -> None:
     """Actor and critic, interleaved in any order, end with the bits that each has alone."""
     strategy = training(train_batch_size=2)
 
@@ -281,7 +282,7 @@ def test_two_optimizers_do_not_influence_one_another(order):
         assert_same_bits(mixed[name], apart[name])
 
 
-def test_all_backwards_may_come_before_all_steps():
+def test_all_backwards_may_come_before_all_steps() -> None:
     """Both backwards before both steps, in the other order, change nothing."""
     strategy = training()
     models = [network(0), network(5)]
@@ -298,7 +299,7 @@ def test_all_backwards_may_come_before_all_steps():
         assert_same_bits(snapshot(model, optimizer), snapshot(reference, raw_optimizer))
 
 
-def test_two_losses_of_one_micro_batch_add_up():
+def test_two_losses_of_one_micro_batch_add_up() -> None:
     """Two backwards before one step are one micro-batch, whose gradient is that of the sum."""
     model, reference = network(), network()
     strategy = training(train_batch_size=2)
@@ -313,7 +314,7 @@ def test_two_losses_of_one_micro_batch_add_up():
     assert_close(model, reference)
 
 
-def test_two_strategies_of_equal_configs_can_be_swapped_between_any_two_calls():
+def test_two_strategies_of_equal_configs_can_be_swapped_between_any_two_calls() -> None:
     """A run that changes its strategy before every call has the bits of a run with one."""
 
     def run(strategies: list[object]) -> dict[str, torch.Tensor]:
@@ -328,7 +329,7 @@ def test_two_strategies_of_equal_configs_can_be_swapped_between_any_two_calls():
     assert_same_bits(run([one, training(train_batch_size=3)]), run([one, one]))
 
 
-def test_a_step_without_a_backward_is_refused():
+def test_a_step_without_a_backward_is_refused() -> None:
     """Optimizer_step needs a backward since the last one, also for an optimizer that is the user's own."""
     model = network()
     strategy = training(train_batch_size=2)
@@ -341,8 +342,8 @@ def test_a_step_without_a_backward_is_refused():
             strategy.optimizer_step(optimizer, model, None)
 
 
-def test_a_loss_without_a_gradient_is_refused():
-    """A loss that is not 0-d, or asks for no gradient, is refused with what to do; so is a weight that is not finite."""
+def test_a_loss_without_a_gradient_is_refused() -> None:
+    """A loss that is not 0-d or asks for no gradient is refused, and so is a weight that is not finite."""
     model = network()
     strategy = training()
     optimizer = strategy.create_optimizer(model)
@@ -354,7 +355,7 @@ def test_a_loss_without_a_gradient_is_refused():
         strategy.backward(mean_loss(model, *samples(2)), model, optimizer, weight=math.nan)
 
 
-def test_a_step_with_somebody_else_s_optimizer_is_refused():
+def test_a_step_with_somebody_else_s_optimizer_is_refused() -> None:
     """If the loss depends on no parameter of the optimizer, the step raises instead of doing nothing."""
     model, other = network(0), network(5)
     strategy = training()
@@ -364,7 +365,7 @@ def test_a_step_with_somebody_else_s_optimizer_is_refused():
         strategy.optimizer_step(optimizer, model, None)
 
 
-def test_same_seed_same_bits():
+def test_same_seed_same_bits() -> None:
     """Two runs from one seed end with the same bits."""
 
     def run() -> dict[str, torch.Tensor]:

@@ -1,0 +1,70 @@
+"""From an exception to an exit code and a line."""
+
+from __future__ import annotations
+
+from lightrft.cli.terminal import one_line
+from lightrft.errors import (
+    ConfigError,
+    DataError,
+    InterruptedRunError,
+    LightRFTError,
+    MissingPackageError,
+    UnsupportedError,
+)
+
+__all__ = ["EXIT_BAD_INPUT", "EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_OK", "EXIT_STOPPED", "exit_code", "explain"]
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 75
+"""EX_TEMPFAIL of sysexits.h: try the same again later."""
+EXIT_INTERRUPTED = 130
+"""What shells report for a process that SIGINT ended."""
+
+_BAD_INPUT = (ConfigError, DataError, MissingPackageError, UnsupportedError)
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the exit code for an exception that ended a command.
+
+    Args:
+        error: the exception.
+    """
+    if isinstance(error, InterruptedRunError):
+        return EXIT_STOPPED
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    return EXIT_BAD_INPUT if isinstance(error, _BAD_INPUT) else EXIT_FAILED
+
+
+def explain(error: BaseException) -> list[str]:
+    """Return the lines that say what happened: one, or one for each wrong setting of a configuration.
+
+    Args:
+        error: the exception; its notes are added to the line.
+
+    Example:
+        >>> explain(FileNotFoundError(2, "No such file or directory", "runs/a"))
+        ['error: runs/a: No such file or directory']
+    """
+    if isinstance(error, InterruptedRunError):
+        return [one_line(str(error))]
+    lines = _messages(error)
+    notes: list[str] = getattr(error, "__notes__", [])
+    lines[-1] = " ".join((lines[-1], *notes))
+    return [f"error: {one_line(line)}" for line in lines]
+
+
+def _messages(error: BaseException) -> list[str]:
+    if isinstance(error, KeyboardInterrupt):
+        return ["interrupted at once, in the middle of a step."]
+    if isinstance(error, ConfigError) and error.__cause__ is None:
+        return str(error).splitlines() or [""]
+    if isinstance(error, LightRFTError):
+        return [str(error)]
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return [f"{where}{error.strerror}"]
+    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return [f"{said}; run again with --debug for the traceback."]
