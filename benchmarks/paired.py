@@ -39,6 +39,7 @@ __all__ = [
     "last_line_of",
     "median",
     "paired_ratio",
+    "peak_bytes",
     "peak_bytes_above_now",
     "peak_memory",
     "print_table",
@@ -131,6 +132,11 @@ def peak_bytes_above_now(run: Callable[[], object]) -> int:
     before = _status_bytes("VmRSS")
     run()
     return _status_bytes("VmHWM") - before
+
+
+def peak_bytes() -> int:
+    """Return the peak resident bytes of this process since its program began (`ru_maxrss` would count its parent's)."""
+    return _status_bytes("VmHWM")
 
 
 def _status_bytes(field: str) -> int:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -34,6 +33,7 @@ from paired import (
     describe_machine,
     last_line_of,
     median,
+    peak_bytes,
     paired_ratio,
     print_table,
     format_table,
@@ -253,7 +253,7 @@ def measure_memory(case: Case, who: str) -> int:
         step = our_step(case)
         for _ in range(4):
             step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_bytes()
 
 
 def peak_of(name: str, who: str) -> int:

@@ -161,6 +161,8 @@ class ModelConfig:
         max_length: its context in tokens.
         tie_embeddings: whether input and output embeddings are one matrix.
         alphabet: the characters of the tokenizer built with it; empty means the printable ASCII characters.
+        words: strings that are one token each, such as the constant part of every prompt.
+        lowercase: whether that tokenizer reads every text in lower case.
     """
 
     path: str | None = attrs.field(default=None, validator=optional(is_text))
@@ -173,6 +175,8 @@ class ModelConfig:
     max_length: int = attrs.field(default=512, validator=at_least(2, whole=True))
     tie_embeddings: bool = attrs.field(default=True, validator=is_bool)
     alphabet: str = attrs.field(default="", validator=is_text)
+    words: tuple[str, ...] = attrs.field(default=(), converter=texts, validator=are_texts)
+    lowercase: bool = attrs.field(default=False, validator=is_bool)
 
     def __attrs_post_init__(self) -> None:
         """Check what several settings say together."""
@@ -213,6 +217,8 @@ class RunConfig:
         warmup_batch_size: samples of one warm-up step.
         warmup_size: training problems that the warm-up may see; 0 means all.
         warmup_learning_rate: peak learning rate of the warm-up.
+        warmup_loss: the warm-up ends early once the loss of a batch, in nats a token, falls to this; 0 is off. Steps that
+            it did not need count as done.
         threads: threads of one process for CPU tensor work; 0 leaves torch's own choice.
     """
 
@@ -223,4 +229,5 @@ class RunConfig:
     warmup_batch_size: int = attrs.field(default=64, validator=at_least(1, whole=True))
     warmup_size: int = attrs.field(default=0, validator=at_least(0, whole=True))
     warmup_learning_rate: float = attrs.field(default=1e-3, converter=real, validator=at_least(0))
+    warmup_loss: float = attrs.field(default=0.0, converter=real, validator=at_least(0))
     threads: int = attrs.field(default=0, validator=at_least(0, whole=True))

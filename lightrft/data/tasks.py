@@ -25,6 +25,10 @@ draws, so that this finds every question of a task that has up to exp(16), about
 _SPARE_DRAWS = 1000
 """Draws besides those, for small numbers of problems of a task that repeats itself often."""
 
+_SEED_STRIDE = 1_000_003
+"""reasoning-gym draws problem i of seed s from the stream s + i, so that neighbouring seeds share nearly all problems.
+A prime larger than any data set here keeps them apart."""
+
 _SCALARS: Mapping[object, type] = {kind: kind for kind in (bool, int, float, str)}
 """Annotations that a value is held to; what is annotated otherwise is left to the task."""
 
@@ -65,7 +69,8 @@ def load_task(
 ) -> ProblemSet:
     """Return `size` problems of a reasoning-gym task, no two with the same question, and the task's verifier.
 
-    The problems are a function of the arguments.
+    The problems are a function of the arguments. Questions that differ in case alone count as the same one, so that no
+    held-out question is a training question in capitals.
 
     Args:
         name: of the task, such as "chain_sum".
@@ -87,9 +92,9 @@ def load_task(
     if size < 1:
         raise ConfigError(f"size={size!r} is too small for task={name!r}; use 1 or more.")
     task = _find(name)
-    dataset = _build(task, name, options, size=size * _DRAWS_PER_PROBLEM + _SPARE_DRAWS, seed=seed)
+    dataset = _build(task, name, options, size=size * _DRAWS_PER_PROBLEM + _SPARE_DRAWS, seed=seed * _SEED_STRIDE)
     entries = _draw_distinct(dataset, name, size)
-    by_prompt = {render(template, question): entry for question, entry in entries.items()}
+    by_prompt = {render(template, cast("str", entry["question"])): entry for entry in entries}
     problems = tuple(_problem(prompt, entry) for prompt, entry in by_prompt.items())
     return ProblemSet(name=name, problems=problems, score=_verifier(name, dataset, by_prompt))
 
@@ -152,13 +157,13 @@ def _check_options(task: _Task, name: str, options: Mapping[str, object]) -> Non
             )
 
 
-def _draw_distinct(dataset: _Dataset, name: str, size: int) -> dict[str, dict[str, object]]:
+def _draw_distinct(dataset: _Dataset, name: str, size: int) -> list[dict[str, object]]:
     entries: dict[str, dict[str, object]] = {}
     for index in range(len(dataset)):
         entry = _draw(dataset, name, index)
-        entries.setdefault(cast("str", entry["question"]), entry)
+        entries.setdefault(cast("str", entry["question"]).casefold(), entry)
         if len(entries) == size:
-            return entries
+            return list(entries.values())
     raise DataError(
         f"task={name!r} made only {len(entries)} different questions in {len(dataset)} draws, and {size} are wanted; "
         f"lower data.train_size or data.heldout_size to {len(entries)} together, or widen task_options."

@@ -196,6 +196,8 @@ def _warm_up(run: _Run, *, resume: bool) -> None:
         }
         run.tracker.log("metrics", row)
         run.tracker.log("timings", {**_where(state), "seconds": time.perf_counter() - started})
+        if loss <= settings.warmup_loss:
+            return
         if state.step < settings.warmup_steps:
             _boundary(run, {"actor": actor}, state)
 

@@ -46,7 +46,7 @@ def build_model_and_tokenizer(config: ModelConfig, *, seed: int) -> tuple[PreTra
     """
     if config.path is not None:
         return load_model_and_tokenizer(config.path)
-    tokenizer = build_character_tokenizer(config.alphabet)
+    tokenizer = build_character_tokenizer(config.alphabet, words=config.words, lowercase=config.lowercase)
     return build_model(config, tokenizer, seed=seed), tokenizer
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 from lightrft.errors import ConfigError, DataError
@@ -47,18 +48,24 @@ class ModelTokenizer(Tokenizer, SavesTokenizer, Protocol):
         ...
 
 
-def build_character_tokenizer(alphabet: str = "") -> ModelTokenizer:
-    """Return a tokenizer whose tokens are single characters.
+def build_character_tokenizer(
+    alphabet: str = "", *, words: Sequence[str] = (), lowercase: bool = False
+) -> ModelTokenizer:
+    """Return a tokenizer whose tokens are single characters, and the words that are given.
 
-    Ids are those of `PAD_TOKEN` (0), `EOS_TOKEN` (1) and then the characters in the order of the alphabet. Encoding
-    adds no special token and reads "<eos>" in a text as five characters; decoding what was encoded gives the same text.
-    A character outside of the alphabet is an error and never an unknown token: `encode_text` names it.
+    Ids are those of `PAD_TOKEN` (0), `EOS_TOKEN` (1), then the characters in the order of the alphabet and the words in
+    theirs. Encoding adds no special token and reads "<eos>" in a text as five characters; decoding what was encoded gives
+    the same text (in lower case where `lowercase`). A character outside of the alphabet is an error and never an unknown
+    token: `encode_text` names it.
 
     Args:
         alphabet: the characters, each once; empty takes `PRINTABLE_ASCII`.
+        words: strings of two or more characters that are one token each wherever they occur, the longest first.
+        lowercase: read every text in lower case.
 
     Raises:
-        ConfigError: a character comes twice, or is half of a surrogate pair, which is no character.
+        ConfigError: a character or word comes twice, a word is shorter than two characters or, with `lowercase`, not in
+            lower case, or something holds half of a surrogate pair, which is no character.
         MissingPackageError: transformers is not installed.
 
     Example:
@@ -67,15 +74,20 @@ def build_character_tokenizer(alphabet: str = "") -> ModelTokenizer:
         [3, 12, 3]
     """
     require_transformers()
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     characters = alphabet or PRINTABLE_ASCII
     _check_alphabet(characters)
-    tokens = [PAD_TOKEN, EOS_TOKEN, *characters]
+    _check_words(words, lowercase=lowercase)
+    tokens = [PAD_TOKEN, EOS_TOKEN, *characters, *words]
     # Without an unknown token WordLevel raises; byte-pair encoding would drop an unknown character silently.
     tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    longest_first = sorted(words, key=len, reverse=True)
+    pieces = "|".join([*map(re.escape, longest_first), r"[\s\S]"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), "isolated")
+    if lowercase:
+        tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.decoder = decoders.Fuse()
     # untyped __init__; its methods take and return more types than the protocol's
     build = cast("Callable[..., ModelTokenizer]", PreTrainedTokenizerFast)
@@ -142,3 +154,15 @@ def _check_alphabet(characters: str) -> None:
         if "\ud800" <= character <= "\udfff":
             raise ConfigError(f"alphabet={characters!r} has {character!r}, half a surrogate pair; take it out.")
         seen.add(character)
+
+
+def _check_words(words: Sequence[str], *, lowercase: bool) -> None:
+    for index, word in enumerate(words):
+        if len(word) < 2:
+            raise ConfigError(f"words={word!r} is shorter than two characters; put characters into the alphabet.")
+        if word in words[:index]:
+            raise ConfigError(f"words={word!r} comes twice; write each word once.")
+        if lowercase and word != word.lower():
+            raise ConfigError(f"words={word!r} is not in lower case and lowercase=True; write {word.lower()!r}.")
+        if any("\ud800" <= character <= "\udfff" for character in word):
+            raise ConfigError(f"words={word!r} holds half a surrogate pair; take it out.")

@@ -47,4 +47,5 @@ summary{cursor:pointer}
 .settings{columns:3 300px;column-gap:28px}
 .settings div{break-inside:avoid;margin-bottom:20px}
 .settings td{padding:3px 8px 3px 0}
+.settings code{overflow-wrap:break-word}
 """

@@ -15,7 +15,7 @@ import attrs
 __all__ = ["Series", "format_number", "line_chart", "moving_average", "nice_ticks"]
 
 _WIDTH, _HEIGHT = 460, 236
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 12, 40
 _SMOOTH_FROM = 40  # points; fewer are readable as they are
 _MAX_POINTS = 400  # about one for each horizontal pixel of the plotting area
 

@@ -96,7 +96,7 @@ def write_report(run_dir: str | os.PathLike[str], output: str | os.PathLike[str]
         OSError: the page cannot be written.
     """
     directory, target = Path(run_dir), Path(output)
-    rows = {channel: _read(channel_path(directory, channel)) for channel in CHANNELS}
+    rows: dict[Channel, Sequence[_Row]] = {channel: _read(channel_path(directory, channel)) for channel in CHANNELS}
     name = directory.name or directory.resolve().name
     page = render_report(name, config=_read_config(directory / "config.toml"), rows=rows)
     temporary = target.with_name(f".{target.name}.tmp")

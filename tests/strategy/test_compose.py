@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import types
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import attrs
@@ -15,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightrft.errors import ConfigError, StepError
+from lightrft.config.root import Config
+from lightrft.errors import ConfigError, StepError, UnsupportedError
 from lightrft.strategy import Call, Strategy, StrategyConfig, get_fake_strategy, get_strategy
 from lightrft.strategy.calls import call_of, describe
 from lightrft.strategy.compose import (
@@ -329,3 +332,23 @@ def test_the_fake_strategy_takes_the_settings_it_is_given() -> None:
         strategy.setup_inference_engine(actor=nn.Linear(1, 1))
     results, _ = train(get_fake_strategy({"train_batch_size": 4}))
     assert [result.stepped for result in results] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("kind", [dict, types.SimpleNamespace])
+def test_the_fake_strategy_s_engine_is_scripted_unless_named(kind: Callable[..., object], named: bool) -> None:
+    """A mapping or namespace without an engine gets "scripted"; one that names an engine gets that."""
+    strategy = get_fake_strategy(kind(**({"engine_type": "hf"} if named else {})))
+    if named:
+        with pytest.raises(UnsupportedError, match="engine 'hf' needs"):  # it takes transformers models alone
+            strategy.setup_inference_engine(actor=nn.Linear(1, 1))
+        return
+    with strategy.setup_inference_engine(actor=nn.Linear(1, 1)) as engine:
+        assert engine.status == "awake"
+
+
+def test_the_fake_strategy_takes_the_config_of_a_whole_run() -> None:
+    """Of a run's config the section of the strategy is taken, with its engine."""
+    config = Config(strategy=StrategyConfig(train_batch_size=2, engine_type="scripted"))
+    results, _ = train(get_fake_strategy(config))
+    assert [result.stepped for result in results] == [False, True, False, True]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, TypeVar, cast
+from typing import Protocol, TypeAlias, TypeVar, cast
 
 import torch
 
@@ -14,7 +14,7 @@ __all__ = ["Leaf", "MapLeaf", "map_leaves"]
 
 _Tree = TypeVar("_Tree", bound=TensorTree)
 
-Leaf = torch.Tensor | float | int | bool
+Leaf: TypeAlias = torch.Tensor | float | int | bool
 """What stands at the end of every branch."""
 
 

@@ -1,0 +1,155 @@
+"""Whole runs through `lightrft train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lightrft.cli.run_dir import open_run_dir
+from lightrft.config import load_config, to_toml
+from lightrft.tracking.files import channel_path, read_rows
+
+
+def test_a_run_from_beginning_to_end_and_again(cli, workplace: Path) -> None:
+    """A run says what it is, logs every step, leaves model, report and checkpoint, and started again does nothing more."""
+    outcome = cli("train", "run.toml")
+    assert (outcome.code, outcome.err) == (0, "")
+    for words in ("single on cpu (1 thread)", "hf", "3,", "24 to learn from, 6 held out", "new run of 24 steps"):
+        assert words in outcome.out
+    rows = list(read_rows(channel_path("run", "metrics")))
+    assert [row["step"] for row in rows if row["kind"] == "warmup"] == list(range(1, 13))
+    assert [row["step"] for row in rows if row["kind"] == "step"] == list(range(13, 25))
+    first, last = ([row for row in rows if row["kind"] == "evaluation"][index] for index in (0, -1))
+    assert f"accuracy  {first['accuracy']:.1%} before reinforcement, {last['accuracy']:.1%} after" in outcome.out
+    assert "resume    lightrft train run.toml\n" in outcome.out
+    assert "evaluate  lightrft evaluate run\n" in outcome.out
+    assert (workplace / "run" / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert (workplace / "run" / "model" / "model.safetensors").is_file()
+
+    logged = channel_path("run", "metrics").read_bytes()
+    again = cli("train", "run.toml", "--quiet")
+    assert (again.code, again.err) == (0, "")
+    assert "resumed from step 24 of 24 steps" in again.out
+    assert channel_path("run", "metrics").read_bytes() == logged
+
+    measured = cli("evaluate", "run", "--samples=1")
+    assert measured.code == 0
+    assert f"{last['accuracy']:.1%} of 6 held-out problems" in measured.out
+    assert f"reward    {last['reward']:.4f} on average" in measured.out
+    assert "step 24" in measured.out
+    assert measured.out.count("completion  ") == 1
+
+
+def test_what_would_change_a_resumed_run_is_refused(cli, workplace: Path) -> None:
+    """Settings that differ from those of the checkpoint are named with both values; those that change nothing are not."""
+    short = ("run.warmup_steps=0", "run.num_steps=1")
+    assert cli("train", "run.toml", *short).code == 0
+    refused = cli("train", "run.toml", *short, "strategy.seed=4", "algorithm.dual_clip=3", "strategy.l2=0.1", "engine.top_k=1")
+    assert refused.code == 2
+    for words in ("strategy.seed=4 (was 3)", "algorithm.dual_clip=3.0 (was not set)", "and 1 more", "run/config.toml"):
+        assert words in refused.line.replace("strategy.l2=0.1 (was 0.0), ", "")
+    assert cli("train", "run.toml", *short, "checkpoint.save_every=7", "run.threads=2").code == 0
+
+
+def test_a_finished_model_without_a_checkpoint_is_not_passed_off_as_new(cli, workplace: Path) -> None:
+    """A directory whose checkpoints were removed, but not its model, is refused."""
+    (workplace / "run" / "model").mkdir(parents=True)
+    outcome = cli("train", "run.toml")
+    assert outcome.code == 2
+    assert "run.dir='run' holds a finished model" in outcome.line
+
+
+def test_a_damaged_configuration_of_the_run_is_named(cli, workplace: Path) -> None:
+    """A run whose config.toml was damaged does not go on with settings that nobody can compare."""
+    short = ("run.warmup_steps=0", "run.num_steps=0")
+    assert cli("train", "run.toml", *short).code == 0
+    (workplace / "run" / "config.toml").write_text("[")
+    outcome = cli("train", "run.toml", *short)
+    assert outcome.code == 2
+    assert "config='run/config.toml' cannot be read" in outcome.line
+
+
+def test_options_may_stand_anywhere(cli, workplace: Path) -> None:
+    """Options between settings, and the short forms of strategy and engine, mean the same as settings."""
+    printed = cli("train", "--engine", "scripted", "run.toml", "strategy.seed=9", "--print-config", "run.num_steps=2")
+    expected = load_config("run.toml", ["engine.type=scripted", "strategy.seed=9", "run.num_steps=2"])
+    assert (printed.code, printed.out) == (0, to_toml(expected))
+    fake = cli("train", "run.toml", "--strategy=fake", "--print-config")
+    assert 'strategy = "fake"' in fake.out
+    assert not (workplace / "run").exists()
+
+
+def test_the_printed_configuration_reads_back_equal(cli, workplace: Path) -> None:
+    """What `--print-config` writes is a TOML file with the same configuration."""
+    (workplace / "whole.toml").write_text(cli("train", "run.toml", "--print-config").out)
+    assert load_config("whole.toml") == load_config("run.toml")
+
+
+def test_a_warning_is_one_line(cli, workplace: Path) -> None:
+    """A strategy that runs as another one says so on one line of stderr, and the run goes on."""
+    outcome = cli("train", "run.toml", "--strategy=fsdp2", "run.warmup_steps=0", "run.num_steps=0", "--quiet")
+    assert outcome.code == 0
+    assert outcome.line.startswith("lightrft: warning: strategy='fsdp2' with one process is 'single'")
+    assert "resume    lightrft train run.toml run.warmup_steps=0 run.num_steps=0 --strategy fsdp2\n" in outcome.out
+
+
+def test_a_directory_in_use_is_refused(cli, workplace: Path) -> None:
+    """Two runs never write to one directory at a time."""
+    with open_run_dir("run"):
+        outcome = cli("train", "run.toml")
+    assert outcome.code == 2
+    assert "run.dir='run' is in use by another process" in outcome.line
+
+
+def test_a_task_of_reasoning_gym_by_name(cli, workplace: Path) -> None:
+    """`data.task` makes problems and scores answers with the task's own verifier."""
+    (workplace / "task.toml").write_text(
+        (workplace / "run.toml").read_text().split("[data]")[0]
+        + '[data]\ntask = "chain_sum"\ntrain_size = 8\nheldout_size = 4\n'
+        "[data.task_options]\nmax_terms = 2\nmax_digits = 1\n"
+        "[engine]\nmax_new_tokens = 4\n[algorithm]\nprompts_per_step = 2\nnum_samples = 4\n[run]\nnum_steps = 1\n"
+    )
+    outcome = cli("train", "task.toml", "model.alphabet=''", "model.max_length=128", "run.dir=run")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "8 to learn from, 4 held out" in outcome.out
+
+
+def test_a_finished_model_can_be_evaluated_without_its_checkpoints(cli, workplace: Path) -> None:
+    """Where there is no checkpoint, `evaluate` takes the exported model, and says so."""
+    import shutil
+
+    assert cli("train", "run.toml", "run.warmup_steps=2", "run.num_steps=1", "algorithm.kl_coef=0.0").code == 0
+    from_checkpoint = cli("evaluate", "run")
+    shutil.rmtree("run/checkpoints")
+    before = {path: path.stat().st_mtime_ns for path in workplace.rglob("*") if "__pycache__" not in str(path)}
+    from_model = cli("evaluate", "run")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert from_model.code == 0
+    assert from_model.out.splitlines()[0] == "weights   run/model"
+    assert from_model.out.splitlines()[1:] == from_checkpoint.out.splitlines()[1:]
+    shutil.rmtree("run/model")
+    nothing = cli("evaluate", "run")
+    assert nothing.code == 2
+    assert "holds neither a checkpoint nor a model" in nothing.line
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+def test_commands_about_a_run_want_one(cli, tmp_path: Path, command: str) -> None:
+    """Without a directory, with two, and with one that is no run, the line says what to name."""
+    for argv in ([], ["a", "b"], [str(tmp_path / "none")]):
+        outcome = cli(command, *argv)
+        assert outcome.code == 2
+        assert "name" in outcome.line
+
+
+def test_the_report_goes_where_it_is_asked_to(cli, workplace: Path) -> None:
+    """`--output` names the file; a place that cannot be is refused."""
+    (workplace / "empty").mkdir()
+    outcome = cli("report", "empty", "--output", "page.html")
+    assert (outcome.code, outcome.out) == (0, "page.html\n")
+    assert "No evaluation yet" in (workplace / "page.html").read_text()
+    refused = cli("report", "empty", "--output", "nowhere/page.html")
+    assert refused.code == 2
+    assert "output='nowhere/page.html' cannot be written" in refused.line
+    assert cli("report", "empty").out == "empty/report.html\n"
