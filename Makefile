@@ -40,7 +40,7 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 	$(BIN)/pyright
-	$(BIN)/pyright --verifytypes lightrft --ignoreexternal
+	PATH="$(CURDIR)/$(BIN):$$PATH" pyright --verifytypes lightrft --ignoreexternal  # finds the package through the PATH's python
 
 imports: $(READY)
 	$(BIN)/lint-imports

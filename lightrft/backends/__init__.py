@@ -1,0 +1,1 @@
+"""How strategies and engines do what the protocols promise: one folder a concern, one module a backend."""

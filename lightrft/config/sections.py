@@ -217,8 +217,8 @@ class RunConfig:
         warmup_batch_size: samples of one warm-up step.
         warmup_size: training problems that the warm-up may see; 0 means all.
         warmup_learning_rate: peak learning rate of the warm-up.
-        warmup_loss: the warm-up ends early once the loss of a batch, in nats a token, falls to this; 0 is off. Steps that
-            it did not need count as done.
+        warmup_until: the warm-up ends early once greedy completions solve this share of training problems; 0 is off.
+            Steps that it did not need count as done.
         threads: threads of one process for CPU tensor work; 0 leaves torch's own choice.
     """
 
@@ -229,5 +229,5 @@ class RunConfig:
     warmup_batch_size: int = attrs.field(default=64, validator=at_least(1, whole=True))
     warmup_size: int = attrs.field(default=0, validator=at_least(0, whole=True))
     warmup_learning_rate: float = attrs.field(default=1e-3, converter=real, validator=at_least(0))
-    warmup_loss: float = attrs.field(default=0.0, converter=real, validator=at_least(0))
+    warmup_until: float = attrs.field(default=0.0, converter=real, validator=between(0, 1))
     threads: int = attrs.field(default=0, validator=at_least(0, whole=True))

@@ -38,6 +38,11 @@ __all__ = ["Summary", "checkpoint_dir", "train"]
 _SAMPLES_SHOWN = 16
 """Held-out completions that an evaluation logs as text: enough to see how the model answers, small on disk."""
 
+_WARMUP_CHECK_EVERY = 5
+_WARMUP_CHECK_SIZE = 256
+"""How often and on how many training problems the warm-up looks whether it may end: the share is known to about 3 points,
+for the cost of one or two steps."""
+
 _SEED_STRIDE = 1_000_003
 """A prime that keeps the sampling seeds of one run's steps apart from those of runs with neighbouring seeds."""
 
@@ -196,10 +201,25 @@ def _warm_up(run: _Run, *, resume: bool) -> None:
         }
         run.tracker.log("metrics", row)
         run.tracker.log("timings", {**_where(state), "seconds": time.perf_counter() - started})
-        if loss <= settings.warmup_loss:
+        if settings.warmup_until and state.step % _WARMUP_CHECK_EVERY == 0 and _is_warm(run, actor):
             return
         if state.step < settings.warmup_steps:
             _boundary(run, {"actor": actor}, state)
+
+
+def _is_warm(run: _Run, actor: Trainable) -> bool:
+    """Return whether greedy completions of the last training problems solve the share that ends the warm-up."""
+    parts, config = run.parts, run.config.engine
+    with run.strategy.setup_inference_engine(config, actor=actor.model, tokenizer=parts.tokenizer) as engine:
+        result = evaluate(
+            run.strategy,
+            engine,
+            parts.train[-_WARMUP_CHECK_SIZE:],
+            tokenizer=parts.tokenizer,
+            reward=parts.reward,
+            config=config,
+        )
+    return result.accuracy >= run.config.run.warmup_until
 
 
 def _start_learner(run: _Run, *, resume: bool) -> tuple[_Learner, RunState]:

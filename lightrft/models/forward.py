@@ -5,9 +5,10 @@ Shapes: B sequences, T positions, H hidden size, V vocabulary size.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,9 @@ def check_head(model: nn.Module) -> None:
     Example:
         >>> check_head(model)
     """
+    parameters = inspect.signature(model.forward).parameters.values()
+    if not any(p.name == "logits_to_keep" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        raise _refusal(model, "takes no logits_to_keep, so that every forward makes all logits")
     weight_VH = cast("Tensor", _head(model).weight)
     ids_BT = (torch.arange(_PROBE_LENGTH, device=weight_VH.device) % len(weight_VH))[None]
     with torch.no_grad(), _evaluating(model):
@@ -73,8 +77,21 @@ def check_head(model: nn.Module) -> None:
 
 
 def _hidden_states(model: nn.Module, ids_BT: Tensor) -> Tensor:
+    """Call the whole model, so that what a strategy wrapped around it takes part, and pick up what its decoder returns."""
     decoder = cast("nn.Module", _ask(model, "get_decoder"))
-    return cast("Tensor", decoder(input_ids=ids_BT, attention_mask=None, use_cache=False).last_hidden_state)
+    seen: list[Tensor] = []
+
+    def pick_up(module: nn.Module, arguments: object, output: _DecoderOutput) -> None:
+        del module, arguments
+        seen.append(output.last_hidden_state)
+
+    hook = decoder.register_forward_hook(pick_up)
+    try:
+        # the logits of no position at all: the head's matrix product is left to the losses
+        model(input_ids=ids_BT, attention_mask=None, use_cache=False, logits_to_keep=ids_BT[0, :0])
+    finally:
+        hook.remove()
+    return seen[0]
 
 
 def _head(model: nn.Module) -> nn.Module:
@@ -141,6 +158,13 @@ def _refusal(model: nn.Module, reason: str) -> UnsupportedError:
         f"model={type(model).__name__} {reason}; use a causal language model whose logits are hidden @ weight.T, "
         "such as Qwen3 or Llama."
     )
+
+
+class _DecoderOutput(Protocol):
+    """What a decoder of transformers returns."""
+
+    @property
+    def last_hidden_state(self) -> Tensor: ...
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import attrs
 
@@ -63,7 +64,11 @@ def strategy_config(args: object) -> StrategyConfig:
     Raises:
         ConfigError: a setting is wrong.
     """
-    return args.strategy if isinstance(args, Config) else StrategyConfig.from_args(args)
+    if isinstance(args, Config):
+        return args.strategy
+    if isinstance(args, Mapping):
+        return StrategyConfig.from_mapping(cast("Mapping[str, object]", args))
+    return StrategyConfig.from_args(args)
 
 
 def chosen_key(config: StrategyConfig) -> str:

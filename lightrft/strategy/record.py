@@ -48,8 +48,8 @@ __all__ = ["Strategy"]
 class Strategy:
     """The functions of one strategy, flat; each field's contract stands on its callback protocol.
 
-    A strategy holds no state: what changes lives in the models, optimizers and engines that are passed in. Change a field
-    with `attrs.evolve`, or with the transforms of `lightrft.strategy.compose`.
+    A strategy holds no state: what changes lives in the models, optimizers and engines that are passed in. Change a
+    field with `attrs.evolve`, or with the transforms of `lightrft.strategy.compose`.
     """
 
     # collectives

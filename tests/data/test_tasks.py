@@ -130,3 +130,21 @@ def test_metadata_becomes_what_json_can_hold() -> None:
     """Tuples become lists, keys strings, and what JSON cannot hold its representation."""
     value = {1: (1, 2.5, None, True), "set": {3}, "nan": float("nan")}
     assert _as_json(value) == {"1": [1, 2.5, None, True], "set": "{3}", "nan": "nan"}
+
+
+def test_questions_that_differ_in_case_alone_are_one() -> None:
+    """No two of many words to spell are the same word in capitals, so none can leak from training into held-out."""
+    problems = load_task("spell_backward", options={"max_word_len": 4}, size=2000, seed=0).problems
+    folded = [problem.question.casefold() for problem in problems]
+    assert len(set(folded)) == len(folded)
+    assert len({problem.question for problem in problems} - set(folded)) > 0
+
+
+def test_neighbouring_seeds_have_problems_of_their_own() -> None:
+    """Seeds one apart share no more problems than chance brings, though reasoning-gym's own seeds would."""
+    options = {"min_terms": 4, "max_terms": 4, "min_digits": 4, "max_digits": 4}
+    first, second = (
+        {problem.question for problem in load_task("chain_sum", options=options, size=200, seed=seed).problems}
+        for seed in (0, 1)
+    )
+    assert not first & second

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lightrft.backends.training.autocast import wrap_autocast
 from lightrft.config.sections import ModelConfig
 from lightrft.data.padding import pad_right
 from lightrft.errors import UnsupportedError
@@ -92,33 +93,42 @@ def test_check_head_refuses_logits_that_are_more_than_a_product(
         check_head(AutoModelForCausalLM.from_config(config))
 
 
+class _ToyDecoder(nn.Module):
+    """Embeddings that are hidden states, each of which sees its own token alone."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__()
+        self.fault = fault
+        self.embeddings = nn.Embedding(10, 4)
+
+    def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
+        hidden_BTH = self.embeddings(input_ids)
+        if self.fault == "not causal":
+            hidden_BTH = hidden_BTH + hidden_BTH.mean(1, keepdim=True)
+        return SimpleNamespace(last_hidden_state=hidden_BTH)
+
+
 class _Toy(nn.Module):
     """The parts of a causal model that `check_head` looks at, with one thing wrong in each variant."""
 
     def __init__(self, fault: str) -> None:
         super().__init__()
         self.fault = fault
-        self.embeddings = nn.Embedding(10, 4)
+        self.decoder = _ToyDecoder(fault)
         self.head = (
             nn.Sequential(nn.Linear(4, 10, bias=False)) if fault == "no linear head" else nn.Linear(4, 10, bias=False)
         )
         if fault == "no linear head":
             self.head.weight = nn.Parameter(torch.randn(10, 4))
 
-    def get_decoder(self) -> object:
-        return self.decode
+    def get_decoder(self) -> nn.Module:
+        return self.decoder
 
     def get_output_embeddings(self) -> nn.Module | None:
         return None if self.fault == "no head" else self.head
 
-    def decode(self, *, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:
-        hidden_BTH = self.embeddings(input_ids)
-        if self.fault == "not causal":
-            hidden_BTH = hidden_BTH + hidden_BTH.mean(1, keepdim=True)
-        return SimpleNamespace(last_hidden_state=hidden_BTH)
-
     def forward(self, *, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:
-        hidden_BTH = self.decode(input_ids=input_ids).last_hidden_state
+        hidden_BTH = self.decoder(input_ids).last_hidden_state
         if self.fault == "between":
             hidden_BTH = hidden_BTH / 2
         if self.fault == "last alone":
@@ -154,3 +164,24 @@ def test_a_module_that_is_no_language_model_is_refused() -> None:
     """A plain module has no decoder."""
     with pytest.raises(UnsupportedError, match=r"model=Linear has no get_decoder\(\)"):
         hidden_states_and_head(nn.Linear(2, 2), torch.tensor([[0]]))
+
+
+def test_a_model_that_always_makes_all_logits_is_refused() -> None:
+    """Without `logits_to_keep` the forward pass would make the logits that this function is there to avoid."""
+    model = _Toy("none")
+
+    def forward(input_ids: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=model.head(model.decoder(input_ids).last_hidden_state))
+
+    model.forward = forward
+    with pytest.raises(UnsupportedError, match="takes no logits_to_keep"):
+        check_head(model)
+
+
+def test_what_is_wrapped_around_a_model_takes_part() -> None:
+    """Under a wrapper that computes in bfloat16 the hidden states are bfloat16, as the wrapper's logits are."""
+    model = wrap_autocast(_model("llama" if "llama" in MODELS else next(iter(MODELS))))
+    hidden_BTH, _ = hidden_states_and_head(model, torch.tensor([[2, 3, 4]]))
+    plain_BTH, _ = hidden_states_and_head(model.module, torch.tensor([[2, 3, 4]]))
+    assert not torch.equal(hidden_BTH.float(), plain_BTH)
+    torch.testing.assert_close(hidden_BTH.float(), plain_BTH, rtol=0.1, atol=0.1)

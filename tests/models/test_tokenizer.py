@@ -104,3 +104,44 @@ def test_missing_transformers_names_the_install_command(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingPackageError, match=r"package='transformers'.*pip install 'lightrft\[hf\]'"):
         build_character_tokenizer("ab")
+
+
+def test_words_are_one_token_each_the_longest_first() -> None:
+    """A word is one token wherever it occurs, a longer word wins, and what lies around it is characters."""
+    tokenizer = build_character_tokenizer("abc ", words=("ab", "abc"))
+    assert tokenizer.encode("abcab ba") == [7, 6, 5, 3, 2]
+    assert tokenizer.decode([7, 6, 5, 3, 2]) == "abcab ba"
+    assert len(tokenizer) == 8
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.text(alphabet="abAB. *", max_size=20))
+def test_words_change_no_text(text: str) -> None:
+    """Decoding what was encoded gives the text, in lower case where asked, also with words that look like patterns."""
+    plain = build_character_tokenizer("abAB. *", words=("a.", ".*", "aB"))
+    assert plain.decode(plain.encode(text)) == text
+    lower = build_character_tokenizer("ab. *", words=("a.", ".*"), lowercase=True)
+    assert lower.decode(lower.encode(text)) == text.lower()
+
+
+@pytest.mark.parametrize(
+    ("words", "lowercase", "said"),
+    [
+        (("a",), False, "shorter than two characters"),
+        (("ab", "ab"), False, "comes twice"),
+        (("aB",), True, "not in lower case and lowercase=True; write 'ab'"),
+        (("a\udc00",), False, "half a surrogate pair"),
+    ],
+)
+def test_words_without_meaning_are_refused(words: tuple[str, ...], lowercase: bool, said: str) -> None:
+    """Each way in which a word can be wrong has its own reason."""
+    with pytest.raises(ConfigError, match=said):
+        build_character_tokenizer("abB", words=words, lowercase=lowercase)
+
+
+def test_words_and_case_survive_the_disk(tmp_path: Path) -> None:
+    """A saved tokenizer encodes as before when transformers loads it."""
+    tokenizer = build_character_tokenizer("ab ", words=("ab a",), lowercase=True)
+    tokenizer.save_pretrained(str(tmp_path))
+    loaded = AutoTokenizer.from_pretrained(str(tmp_path))
+    assert loaded.encode("AB a b", add_special_tokens=False) == tokenizer.encode("AB a b") == [5, 4, 3]

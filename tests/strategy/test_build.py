@@ -111,7 +111,8 @@ def test_a_strategy_of_one_s_own_is_one_argument() -> None:
         return assemble(collectives=single, training=single, checkpointing=single, rollout=single)
 
     strategy = get_strategy(
-        {"strategy": "mine", "train_batch_size": 2, "option": 5}, registry={**STRATEGIES, "mine": build_mine}
+        {"strategy": "mine", "train_batch_size": 2, "extra_args": {"option": 5}},
+        registry={**STRATEGIES, "mine": build_mine},
     )
     assert windows(strategy) == 2
     assert seen[0].get_extra_arg("option", default=0) == 5
@@ -262,3 +263,9 @@ def test_building_has_no_side_effect() -> None:
     assert random.getstate() == before[1]
     assert windows(first) == windows(second)
     assert not torch.distributed.is_initialized()
+
+
+def test_a_misspelt_key_of_a_mapping_is_an_error_that_names_the_nearest() -> None:
+    """A mapping is held to the names of settings; an object with attributes may have others."""
+    with pytest.raises(ConfigError, match="max_norn.*did you mean 'max_norm'"):
+        get_strategy({"strategy": "single", "max_norn": 1.0})

@@ -30,7 +30,7 @@ __all__ = [
     "SavesTokenizer",
 ]
 
-Json: TypeAlias = Union[None, bool, int, float, str, "list[Json]", "dict[str, Json]"]
+Json: TypeAlias = Union[bool, int, float, str, "list[Json]", "dict[str, Json]", None]
 """What JSON can hold."""
 
 Checkpointable: TypeAlias = "nn.Module | Trainable | Mapping[str, nn.Module | Trainable]"
@@ -83,9 +83,9 @@ class SaveCkpt(Protocol):
         Holds parameters, optimizer, schedule, position in the accumulation window with its gradients, random state of
         every rank and `client_state`.
 
-        Laws: a process killed at any instant leaves every committed checkpoint loadable; nothing is overwritten; nothing is
-        removed before its successor is durable, and only directories that carry our manifest are ever removed; saving
-        changes no state.
+        Laws: a process killed at any instant leaves every committed checkpoint loadable; nothing is overwritten;
+        nothing is removed before its successor is durable, and only directories that carry our manifest are ever
+        removed; saving changes no state.
 
         Args:
             model: what to save.
@@ -117,8 +117,9 @@ class LoadCkpt(Protocol):
     ) -> LoadedCheckpoint:
         """Restore what `SaveCkpt` saved and return the rest.
 
-        Laws: save then load is the identity, and the resumed run equals the uninterrupted one bit for bit; what is damaged
-        or does not fit is named and refused, and the live state stays as it was; no code of a checkpoint is run.
+        Laws: save then load is the identity, and the resumed run equals the uninterrupted one bit for bit; what is
+        damaged or does not fit is named and refused, and the live state stays as it was; no code of a checkpoint is
+        run.
 
         Args:
             model: what to restore, of the structure that was saved.
@@ -137,7 +138,9 @@ class LatestCkpt(Protocol):
     """Looks for checkpoints."""
 
     def __call__(self, load_dir: str | os.PathLike[str]) -> int | None:
-        """Return the step of the newest committed checkpoint, or None without one; found by looking, not by a pointer file.
+        """Return the step of the newest committed checkpoint, or None without one.
+
+        It is found by looking, not by a pointer file.
 
         Args:
             load_dir: directory of all checkpoints of the run; it need not exist.
@@ -183,8 +186,8 @@ class LoadModel(Protocol):
 class Checkpointing(Protocol):
     """What is kept on disk.
 
-    Laws: save then load is the identity; a killed writer loses nothing that was committed; what is damaged is refused; a
-    checkpoint written by any backend at any world size loads into any other; loading runs no code.
+    Laws: save then load is the identity; a killed writer loses nothing that was committed; what is damaged is refused;
+    a checkpoint written by any backend at any world size loads into any other; loading runs no code.
     """
 
     @property

@@ -80,8 +80,8 @@ class AllReduce(Protocol):
     def __call__(self, data: _Tree, op: ReduceOp = "mean") -> _Tree:
         """Return the reduction over ranks, with the structure, dtypes and devices of `data`.
 
-        Laws: inputs are left untouched and never aliased; the result equals the same reduction done in numpy, for integers
-        above 2**24, bools, 0-d and empty tensors too; all ranks get the same bits.
+        Laws: inputs are left untouched and never aliased; the result equals the same reduction done in numpy, for
+        integers above 2**24, bools, 0-d and empty tensors too; all ranks get the same bits.
 
         Args:
             data: tensors of any shape, numbers, or nested dicts of them; the same structure on every rank.
@@ -99,7 +99,8 @@ class AllGather(Protocol):
     def __call__(self, data: _Tree) -> _Tree:
         """Return every rank's tensors, concatenated in rank order along dim 0; 0-d tensors become 1-d.
 
-        Laws: inputs are left untouched and never aliased; dtypes and devices stay; the slice of a rank equals its input.
+        Laws: inputs are left untouched and never aliased; dtypes and devices stay; the slice of a rank equals its
+        input.
 
         Args:
             data: tensors (..., of one dtype on all ranks; dim 0 may differ) or nested dicts of them.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, Self, TypeAlias
 
 import attrs
 
@@ -125,7 +125,8 @@ class Completion:
     Attributes:
         prompt_ids: the prompt's token ids.
         token_ids: sampled ids, with the stop token if one ended it.
-        logprobs: log-probability of each sampled id under the policy at the sampling temperature, before top-k and top-p.
+        logprobs: log-probability of each sampled id under the policy at the sampling temperature, before top-k and
+            top-p.
         finish_reason: "stop" after a stop token, "length" at `max_new_tokens`.
         weight_version: version of the weights that made it.
         sample_index: its number among the n completions of its prompt.
@@ -168,7 +169,7 @@ class EngineHandle:
     weight_version: int
     state: object
 
-    def __enter__(self) -> EngineHandle:
+    def __enter__(self) -> Self:
         """Return the handle, for a `with` block that closes the engine at its end."""
         return self
 
@@ -215,8 +216,8 @@ class Generate(Protocol):
     def __call__(self, handle: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
         """Return n completions of each prompt, prompt by prompt, in the order of the prompts.
 
-        Laws: order and number match the requests; logprobs agree with the trainer's own; greedy generation is deterministic;
-        sampling is by the seed.
+        Laws: order and number match the requests; logprobs agree with the trainer's own; greedy generation is
+        deterministic; sampling is by the seed.
 
         Args:
             handle: an engine that is awake.
@@ -310,7 +311,9 @@ class WakeEngine(Protocol):
     """Wakes an engine."""
 
     def __call__(self, handle: EngineHandle) -> None:
-        """Make the engine ready to generate; on an engine awake it does nothing. Law: sleep, wake, generate equals generate.
+        """Make the engine ready to generate; on an engine awake it does nothing.
+
+        Law: sleep, wake, generate equals generate.
 
         Args:
             handle: an engine that is asleep or awake.
@@ -348,8 +351,8 @@ class CloseEngine(Protocol):
 class EngineProtocol(Protocol):
     """What every kind of engine can do.
 
-    Laws: outputs match the requests; sleep and wake are idempotent, legal in every order that the status allows and refused
-    with a reason in the others; closing frees everything, also after an exception.
+    Laws: outputs match the requests; sleep and wake are idempotent, legal in every order that the status allows and
+    refused with a reason in the others; closing frees everything, also after an exception.
     """
 
     @property
@@ -427,7 +430,9 @@ class GatherAndGenerate(Protocol):
     """Generates together with all ranks."""
 
     def __call__(self, engine: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
-        """Return n completions of each of this rank's prompts, in order; every rank calls it, with any number of prompts.
+        """Return n completions of each of this rank's prompts, in order.
+
+        Every rank calls it, with any number of prompts.
 
         Law: the outputs do not depend on how the prompts are split over the ranks.
 

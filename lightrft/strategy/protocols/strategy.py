@@ -27,8 +27,10 @@ class BuildStrategy(Protocol):
     """Makes a strategy from its settings."""
 
     def __call__(self, config: StrategyConfig) -> Strategy:
-        """Return the strategy; laws: deterministic, and without side effects (no process group, no device, no import of a
-        backend that was not chosen).
+        """Return the strategy.
+
+        Laws: deterministic, and without side effects (no process group, no device, no import of a backend that was not
+        chosen).
 
         Args:
             config: the settings.

@@ -110,8 +110,8 @@ class CreateOptimizer(Protocol):
     ) -> Optimizer:
         """Return AdamW over the parameters that ask for gradients.
 
-        Laws: frozen parameters get no state; weight decay leaves norms and biases (parameters of fewer than two dims) alone;
-        tied parameters are stepped once.
+        Laws: frozen parameters get no state; weight decay leaves norms and biases (parameters of fewer than two dims)
+        alone; tied parameters are stepped once.
 
         Args:
             model: the model, not yet prepared.
@@ -156,7 +156,8 @@ class Prepare(Protocol):
 
         Args:
             models_or_triples: models, and (model, optimizer, scheduler) triples for those that are trained.
-            is_rlhf: models without an optimizer are reference or reward models; freeze them and put them into evaluation mode.
+            is_rlhf: models without an optimizer are reference or reward models; freeze them and put them into
+                evaluation mode.
         """
         ...
 
@@ -207,8 +208,9 @@ class Backward(Protocol):
     ) -> None:
         """Accumulate the gradient of `weight * loss`.
 
-        Laws: k micro-batches and one batch of all their samples give the same step; with weights that are shares of the whole
-        (tokens of the micro-batch over tokens of the window), the step is the same for any partition of the samples.
+        Laws: k micro-batches and one batch of all their samples give the same step; with weights that are shares of the
+        whole (tokens of the micro-batch over tokens of the window), the step is the same for any partition of the
+        samples.
 
         Args:
             loss: 0-d, the mean over the micro-batch.
@@ -230,10 +232,10 @@ class OptimizerStep(Protocol):
     ) -> StepResult:
         """Step optimizer and schedule once if the window is complete, and clear the gradients.
 
-        Laws: before the window is complete no parameter, optimizer state or learning rate changes by a bit; when it is, all
-        of them step exactly once. Clipping uses one global norm over all parameters; max_norm=0 means no clipping. A
-        gradient that is not finite on any rank skips the step on all ranks, and leaves parameters and optimizer state untouched.
-        Two optimizers of one strategy do not influence one another.
+        Laws: before the window is complete no parameter, optimizer state or learning rate changes by a bit; when it is,
+        all of them step exactly once. Clipping uses one global norm over all parameters; max_norm=0 means no clipping.
+        A gradient that is not finite on any rank skips the step on all ranks, and leaves parameters and optimizer state
+        untouched. Two optimizers of one strategy do not influence one another.
 
         Args:
             optimizer: the optimizer.

@@ -184,7 +184,7 @@ def test_clipping_bounds_one_norm_over_all_parameters(max_norm: float, scale: fl
     """After clipping, the norm over all parameters together is at most max_norm, in the gradient's direction."""
     model = network()
     strategy = training(max_norm=max_norm)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD([{"params": layer.parameters()} for layer in (model[0], model[1:])], lr=1.0)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     loss = mean_loss(model, *samples(4)) * scale
     gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)

@@ -1,0 +1,19 @@
+"""What every test stands on: one thread, no network, and examples drawn the same way on every machine."""
+
+from __future__ import annotations
+
+import os
+
+# before torch is imported: with small tensors a second thread only adds waiting, and two test processes share the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from hypothesis import HealthCheck, settings
+
+# `default` draws the same examples every time, so that a check means the same on every machine; `fast` is for a quick
+# look; `explore` draws new ones each time, to look for what the fixed ones miss: HYPOTHESIS_PROFILE=explore
+settings.register_profile("default", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("fast", parent=settings.get_profile("default"), max_examples=10)
+settings.register_profile("explore", parent=settings.get_profile("default"), derandomize=False, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
