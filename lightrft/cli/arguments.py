@@ -73,11 +73,12 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace, list[str]]:
         raise ConfigError(f"command={argv[0]!r} is not known; {nearest(argv[0], known)}.")
     # argparse takes positional arguments in one run; those that stand after an option are left over
     args, rest = build_parser().parse_known_args(argv)
-    if args.command is None:
-        raise ConfigError(f"no command is given; use one of {', '.join(known)}, or see lightrft --help.")
     wrong = [word for word in rest if word.startswith("-")]
     if wrong:
-        raise ConfigError(f"option={wrong[0]!r} is not known; see lightrft {args.command} --help.")
+        named = "" if args.command is None else f"{args.command} "
+        raise ConfigError(f"option={wrong[0]!r} is not known; see lightrft {named}--help.")
+    if args.command is None:
+        raise ConfigError(f"no command is given; use one of {', '.join(known)}, or see lightrft --help.")
     command = known[args.command]
     words = [*args.words, *rest]
     if words and not command.words:

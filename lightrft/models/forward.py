@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightrft.errors import UnsupportedError
+from lightrft.models.onednn import linear_by_onednn
 
 __all__ = ["check_head", "hidden_states_and_head"]
 
@@ -43,8 +44,13 @@ def hidden_states_and_head(model: nn.Module, input_ids_BT: Tensor) -> tuple[Tens
         UnsupportedError: the model has no decoder or no output embeddings.
 
     Example:
-        >>> hidden_BTH, weight_VH = hidden_states_and_head(model, torch.tensor([[2, 3, 1]]))
-        >>> logits_BTV = hidden_BTH @ weight_VH.T
+        >>> from lightrft.config import ModelConfig
+        >>> from lightrft.models.build import build_model_and_tokenizer
+        >>> model, tokenizer = build_model_and_tokenizer(ModelConfig(hidden_size=16), seed=0)
+        >>> ids_BT = torch.tensor([[2, 3, 1]])
+        >>> hidden_BTH, weight_VH = hidden_states_and_head(model, ids_BT)
+        >>> torch.allclose(hidden_BTH @ weight_VH.T, model(ids_BT).logits, atol=1e-5)
+        True
     """
     return _hidden_states(model, input_ids_BT), cast("Tensor", _head(model).weight)
 
@@ -62,7 +68,9 @@ def check_head(model: nn.Module) -> None:
         UnsupportedError: the logits are something else, or attention is not causal.
 
     Example:
-        >>> check_head(model)
+        >>> from lightrft.config import ModelConfig
+        >>> from lightrft.models.build import build_model_and_tokenizer
+        >>> check_head(build_model_and_tokenizer(ModelConfig(hidden_size=16), seed=0)[0])
     """
     parameters = inspect.signature(model.forward).parameters.values()
     if not any(p.name == "logits_to_keep" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
@@ -77,7 +85,7 @@ def check_head(model: nn.Module) -> None:
 
 
 def _hidden_states(model: nn.Module, ids_BT: Tensor) -> Tensor:
-    """Call the whole model, so that what a strategy wrapped around it takes part, and pick up what its decoder returns."""
+    """Call the whole model, so that what a strategy wrapped around it takes part; pick up what its decoder returns."""
     decoder = cast("nn.Module", _ask(model, "get_decoder"))
     seen: list[Tensor] = []
 
@@ -87,8 +95,9 @@ def _hidden_states(model: nn.Module, ids_BT: Tensor) -> Tensor:
 
     hook = decoder.register_forward_hook(pick_up)
     try:
-        # the logits of no position at all: the head's matrix product is left to the losses
-        model(input_ids=ids_BT, attention_mask=None, use_cache=False, logits_to_keep=ids_BT[0, :0])
+        with linear_by_onednn():
+            # the logits of no position at all: the head's matrix product is left to the losses
+            model(input_ids=ids_BT, attention_mask=None, use_cache=False, logits_to_keep=ids_BT[0, :0])
     finally:
         hook.remove()
     return seen[0]

@@ -54,9 +54,9 @@ def build_character_tokenizer(
     """Return a tokenizer whose tokens are single characters, and the words that are given.
 
     Ids are those of `PAD_TOKEN` (0), `EOS_TOKEN` (1), then the characters in the order of the alphabet and the words in
-    theirs. Encoding adds no special token and reads "<eos>" in a text as five characters; decoding what was encoded gives
-    the same text (in lower case where `lowercase`). A character outside of the alphabet is an error and never an unknown
-    token: `encode_text` names it.
+    theirs. Encoding adds no special token and reads "<eos>" in a text as five characters; decoding what was encoded
+    gives the same text (in lower case where `lowercase`). A character outside of the alphabet is an error and never an
+    unknown token: `encode_text` names it.
 
     Args:
         alphabet: the characters, each once; empty takes `PRINTABLE_ASCII`.

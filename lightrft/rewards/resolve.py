@@ -59,6 +59,8 @@ def resolve_reward(name: str | None, problem_set: Verified) -> Reward:
         ConfigError: nothing has that name, its module cannot be imported, or it cannot be called.
 
     Example:
+        >>> from lightrft.data.prompts import ProblemSet
+        >>> problems = ProblemSet(name="sums", problems=(), score=None)
         >>> resolve_reward("exact_match", problems)("1+1=", "2", "2")
         1.0
     """

@@ -67,7 +67,7 @@ strategy.no_such_function()  # mypy: attr-defined, pyright: reportAttributeAcces
 prepared: Optimizer = strategy.prepare(model)  # mypy: assignment, pyright: reportAssignmentType
 single, double = strategy.prepare((model, optimizer, None))  # mypy: misc, pyright: reportAssignmentType
 strategy.prepare(model, model).optimizer  # mypy: attr-defined, pyright: reportAttributeAccessIssue
-_, critic, _, _ = strategy.prepare_models_and_optimizers(model, None, None, None)  # mypy: assignment
+actor, critic, scorers, policy = strategy.prepare_models_and_optimizers(model, None, None, None)
 critic.model  # mypy: union-attr, pyright: reportOptionalMemberAccess
 strategy.save_ckpt(model, "runs", client_state={"when": object()})  # mypy: dict-item, pyright: reportArgumentType
 strategy.save_ckpt(optimizer, "runs")  # mypy: arg-type, pyright: reportArgumentType

@@ -1,0 +1,68 @@
+"""Killed or asked to stop at any moment, and started again: the metrics are those of an undisturbed run, bit for bit."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lightrft.tracking.files import channel_path
+
+
+@pytest.fixture
+def undisturbed(cli, workplace: Path) -> dict[str, bytes]:
+    """Metrics and samples of a run from beginning to end."""
+    assert cli("train", "run.toml", "run.dir=undisturbed", "--quiet").code == 0
+    return _logged(workplace / "undisturbed")
+
+
+def _logged(run_dir: Path) -> dict[str, bytes]:
+    return {channel: channel_path(run_dir, channel).read_bytes() for channel in ("metrics", "samples")}
+
+
+def test_a_killed_run_goes_on_bit_for_bit(
+    cli, launch: Callable, workplace: Path, undisturbed: dict[str, bytes]
+) -> None:
+    """SIGKILL before the first checkpoint, in the warm-up and in reinforcement costs nothing but time."""
+    for rows in (2, 8, 19):
+        killed = launch("train", "run.toml", cwd=workplace, signal_at=f"{rows}:{signal.SIGKILL.value}")
+        assert killed.code == -signal.SIGKILL, killed
+    final = cli("train", "run.toml", "--quiet")
+    assert (final.code, final.err) == (0, "")
+    assert "resumed from step " in final.out
+    assert _logged(workplace / "run") == undisturbed
+
+
+@pytest.mark.parametrize(("number", "rows"), [(signal.SIGTERM, 5), (signal.SIGINT, 16)])
+def test_a_run_that_is_asked_to_stop_goes_on_bit_for_bit(
+    cli, launch: Callable, workplace: Path, undisturbed: dict[str, bytes], number: signal.Signals, rows: int
+) -> None:
+    """SIGTERM and SIGINT end at a step boundary with a checkpoint and exit code 75; the same command goes on."""
+    stopped = launch("train", "run.toml", cwd=workplace, signal_at=f"{rows}:{number.value}")
+    assert stopped.code == 75, stopped
+    assert stopped.line.startswith(f"lightrft: {number.name}: stopped after step ")
+    assert "run the same command to go on." in stopped.line
+    metrics = channel_path(workplace / "run", "metrics").read_bytes()
+    assert undisturbed["metrics"].startswith(metrics)
+    assert len(metrics) < len(undisturbed["metrics"])
+    final = cli("train", "run.toml", "--quiet")
+    assert (final.code, final.err) == (0, "")
+    step = stopped.line.split("after step ")[1].split()[0]
+    assert f"resumed from step {step} of 24" in final.out
+    assert _logged(workplace / "run") == undisturbed
+
+
+def test_a_second_signal_ends_the_run_at_once(cli, workplace: Path) -> None:
+    """Whoever presses Ctrl-C twice does not wait for the step; the last checkpoint is there."""
+    source = (workplace / "rewards.py").read_text()
+    head = "def share_of_odd_digits(prompt, completion, answer):\n"
+    twice = "    os.kill(os.getpid(), signal.SIGINT)\n    os.kill(os.getpid(), signal.SIGINT)\n"
+    (workplace / "rewards.py").write_text(source.replace(head, head + twice))
+    outcome = cli("train", "run.toml", "--quiet")
+    assert outcome.code == 130
+    assert outcome.line == (
+        "lightrft: error: interrupted at once, in the middle of a step. "
+        "The last checkpoint, of step 9 in run/checkpoints, is intact."
+    )

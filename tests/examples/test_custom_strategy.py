@@ -1,0 +1,39 @@
+"""The package with a user's strategy: its own tests, and its entry point as an installed package has it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from lightrft.strategy import StrategyConfig, get_strategy, registered_strategies
+
+PACKAGE = Path(__file__).parents[2] / "examples" / "custom_strategy"
+
+
+def test_its_own_tests_pass() -> None:
+    """The package's tests pass in a process of their own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:cov", str(PACKAGE / "tests")]
+    path = f"{PACKAGE / 'src'}:{PACKAGE.parents[1]}"
+    environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603 (our own)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5 passed" in done.stdout
+
+
+def test_its_entry_point_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed, it is listed and chosen by its name, beside our own strategies."""
+    project = tomllib.loads((PACKAGE / "pyproject.toml").read_text())["project"]
+    metadata = tmp_path / "lightrft_lion-0.1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0.1.0\n")
+    lines = [f"{name} = {value}" for name, value in project["entry-points"]["lightrft.strategies"].items()]
+    (metadata / "entry_points.txt").write_text("\n".join(["[lightrft.strategies]", *lines]))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(PACKAGE / "src"))
+    assert {"lion", "single"} <= registered_strategies().keys()
+    strategy = get_strategy(StrategyConfig(strategy="lion"))
+    assert strategy.create_optimizer.__name__ == "create_lion"
