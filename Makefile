@@ -49,7 +49,7 @@ coverage: $(READY)
 	$(BIN)/python -m pytest -n 2 --cov --cov-report=term
 
 docs: $(READY)
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: $(READY)
 	$(BIN)/python benchmarks/overhead.py --write

@@ -95,9 +95,11 @@ def _train(config: Config, options: _Options, directory: Path, should_stop: Shou
     from lightrft.loops.parts import build_parts
     from lightrft.loops.train import checkpoint_dir, train
     from lightrft.strategy import get_strategy
+    from lightrft.strategy.registry import find_engine
 
     set_threads(config.run.threads)
     strategy = get_strategy(config)
+    find_engine(config.engine.type)  # said now, and not after the warm-up
     done = strategy.latest_ckpt(checkpoint_dir(config))
     bind_config(directory, config, is_resumed=done is not None)
     parts = build_parts(config)

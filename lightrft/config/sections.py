@@ -160,6 +160,7 @@ class ModelConfig:
         num_key_value_heads: its key-value heads; 0 means num_heads.
         max_length: its context in tokens.
         tie_embeddings: whether input and output embeddings are one matrix.
+        initializer_range: standard deviation of its random weights.
         alphabet: the characters of the tokenizer built with it; empty means the printable ASCII characters.
         words: strings that are one token each, such as the constant part of every prompt.
         lowercase: whether that tokenizer reads every text in lower case.
@@ -174,6 +175,7 @@ class ModelConfig:
     num_key_value_heads: int = attrs.field(default=0, validator=at_least(0, whole=True))
     max_length: int = attrs.field(default=512, validator=at_least(2, whole=True))
     tie_embeddings: bool = attrs.field(default=True, validator=is_bool)
+    initializer_range: float = attrs.field(default=0.02, converter=real, validator=at_least(0))
     alphabet: str = attrs.field(default="", validator=is_text)
     words: tuple[str, ...] = attrs.field(default=(), converter=texts, validator=are_texts)
     lowercase: bool = attrs.field(default=False, validator=is_bool)

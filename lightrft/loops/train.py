@@ -40,8 +40,8 @@ _SAMPLES_SHOWN = 16
 
 _WARMUP_CHECK_EVERY = 5
 _WARMUP_CHECK_SIZE = 256
-"""How often and on how many training problems the warm-up looks whether it may end: the share is known to about 3 points,
-for the cost of one or two steps."""
+"""How often and on how many training problems the warm-up looks whether it may end: the share is known to about 3
+points, for the cost of one or two steps."""
 
 _SEED_STRIDE = 1_000_003
 """A prime that keeps the sampling seeds of one run's steps apart from those of runs with neighbouring seeds."""
@@ -125,6 +125,9 @@ def train(
         _warm_up(run, resume=done is not None)
     learner, state = _start_learner(run, resume=done is not None and done >= warmup_steps)
     with learner.engine:
+        if state.accuracy_before is None:
+            state = _evaluate(run, learner, state)
+            state = _boundary(run, _checkpointable(learner), attrs.evolve(state, accuracy_before=state.accuracy))
         while state.step < warmup_steps + config.run.num_steps:
             state = _boundary(run, _checkpointable(learner), _reinforce(run, learner, state))
     _export(run, learner)
@@ -136,8 +139,9 @@ def _check(config: Config, parts: Parts) -> None:
     samples = algorithm.prompts_per_step * algorithm.num_samples
     if samples % strategy.train_batch_size:
         raise ConfigError(
-            f"train_batch_size={strategy.train_batch_size} does not divide prompts_per_step({algorithm.prompts_per_step})"
-            f" * num_samples({algorithm.num_samples}) = {samples}; use {samples} or one of its divisors."
+            f"train_batch_size={strategy.train_batch_size} does not divide prompts_per_step("
+            f"{algorithm.prompts_per_step}) * num_samples({algorithm.num_samples}) = {samples}; use {samples} or a "
+            "divisor of it."
         )
     if config.run.warmup_size > len(parts.train):
         raise ConfigError(
@@ -223,7 +227,7 @@ def _is_warm(run: _Run, actor: Trainable) -> bool:
 
 
 def _start_learner(run: _Run, *, resume: bool) -> tuple[_Learner, RunState]:
-    """Return the handles of reinforcement, from the newest checkpoint or, evaluated and saved, from the model."""
+    """Return the handles of reinforcement, from the newest checkpoint or from the model as it is."""
     config, strategy, parts = run.config, run.strategy, run.parts
     updates = config.algorithm.prompts_per_step * config.algorithm.num_samples // config.strategy.train_batch_size
     actor = _actor(
@@ -241,11 +245,7 @@ def _start_learner(run: _Run, *, resume: bool) -> tuple[_Learner, RunState]:
         state = state_from_json(loaded.client_state)
         _restore(sampler, state)
     engine = strategy.setup_inference_engine(config.engine, actor=actor.model, tokenizer=parts.tokenizer)
-    learner = _Learner(actor=actor, reference=reference, engine=engine, sampler=sampler)
-    if not resume:
-        state = _evaluate(run, learner, state)
-        state = _boundary(run, _checkpointable(learner), attrs.evolve(state, accuracy_before=state.accuracy))
-    return learner, state
+    return _Learner(actor=actor, reference=reference, engine=engine, sampler=sampler), state
 
 
 def _restore(sampler: ResumableSampler, state: RunState) -> None:

@@ -134,6 +134,7 @@ def _architecture_config(config: ModelConfig, tokenizer: ModelTokenizer) -> PreT
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": config.initializer_range,
     }
     return AutoConfig.for_model(config.architecture, **settings)
 

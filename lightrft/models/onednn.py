@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -90,9 +89,9 @@ class _Linear(torch.autograd.Function):
         return operator(inputs, weight_OI, bias_O, "none", [], "")
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         inputs, weight_OI = ctx.saved_tensors
+        (grad_output,) = grad_outputs
         grad_NO, inputs_NI = grad_output.flatten(0, -2), inputs.flatten(0, -2)
         grad_inputs = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:

@@ -17,6 +17,7 @@ __all__ = ["Series", "format_number", "line_chart", "moving_average", "nice_tick
 _WIDTH, _HEIGHT = 460, 236
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 12, 40
 _SMOOTH_FROM = 40  # points; fewer are readable as they are
+_SMALLEST = 1e-100  # spans below it are none, so that no step underflows
 _MAX_POINTS = 400  # about one for each horizontal pixel of the plotting area
 
 
@@ -82,8 +83,8 @@ def nice_ticks(low: float, high: float, *, count: int = 5, integers: bool = Fals
         >>> nice_ticks(0.03, 0.97)
         [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     """
-    if high <= low:
-        margin = abs(low) * 0.1 or 1.0
+    if high - low <= 1e-12 * max(abs(low), abs(high)) or high - low < _SMALLEST:
+        margin = abs(low) * 0.1 if abs(low) >= _SMALLEST else 1.0
         low, high = (low, low + 1.0) if integers else (low - margin, high + margin)
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
@@ -92,7 +93,7 @@ def nice_ticks(low: float, high: float, *, count: int = 5, integers: bool = Fals
         step = max(1.0, float(round(step)))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     # counted in whole steps, so that no error adds up
-    return [round(index * step, 12) + 0.0 for index in range(first, max(last, first + 1) + 1)]
+    return [float(f"{index * step:.15g}") + 0.0 for index in range(first, max(last, first + 1) + 1)]
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import IO, Protocol
 
 import attrs
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from lightrft.strategy.protocols.checkpointing import Json
 from lightrft.tracking.tracker import Channel, Tracker
@@ -124,12 +126,12 @@ def _build_bar(warmup_steps: int, num_steps: int, console: Console) -> Tracker:
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
         console=console,
     )
+    live = Live(progress, console=console)
     seen = _Seen()
-    warmup = progress.add_task("warm-up", total=warmup_steps, figures="", visible=warmup_steps > 0)
-    reinforcement = progress.add_task("reinforcement", total=num_steps, figures="", start=False)
+    warmup = progress.add_task("warm-up", total=warmup_steps, start=False, visible=warmup_steps > 0)
+    reinforcement = progress.add_task("reinforcement", total=num_steps, start=False, visible=warmup_steps == 0)
 
     def move(step: int) -> None:
         progress.update(warmup, completed=max(0, min(step, warmup_steps)))
@@ -137,23 +139,23 @@ def _build_bar(warmup_steps: int, num_steps: int, console: Console) -> Tracker:
 
     def resume(step: int) -> None:
         move(step)
-        progress.start()
+        live.start()
 
     def log(channel: Channel, row: Mapping[str, Json]) -> None:
         if channel == "metrics" and row.get("kind") == "evaluation":
-            progress.console.print(f"step {row.get('step')}: {_evaluated(row)}", highlight=False)
+            live.console.print(f"step {row.get('step')}: {_evaluated(row)}", highlight=False)
         elif channel == "metrics":
             seen.row = dict(row)
         elif channel == "timings":
-            task = warmup if seen.row.get("kind") == "warmup" else reinforcement
-            _start(progress, task)
-            progress.update(task, figures=describe_row({**row, **seen.row}))
+            _start(progress, warmup if seen.row.get("kind") == "warmup" else reinforcement)
             move(_step(row))
+            # the figures have a line of their own: beside the bar they would not fit into 80 columns
+            live.update(Group(progress, Text(describe_row({**row, **seen.row}))))
 
     def close() -> None:
         if not seen.has_ended:
             seen.has_ended = True
-            progress.stop()
+            live.stop()
 
     return Tracker(resume=resume, log=log, close=close)
 
@@ -162,6 +164,7 @@ def _start(progress: Progress, task: TaskID) -> None:
     """Let the clock of a phase begin with its first step, so that the time that remains is that of its own steps."""
     if progress.tasks[task].start_time is None:
         progress.start_task(task)
+        progress.update(task, visible=True)
 
 
 def _evaluated(row: Mapping[str, Json]) -> str:

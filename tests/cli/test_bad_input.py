@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import resource
 import subprocess
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from cli_runs import Cli, EditRewards
 
 from lightrft.tracking.files import channel_path
 
@@ -24,14 +25,20 @@ _QUICK = ("run.warmup_steps=0", "run.num_steps=1", "--quiet")
         (["."], "config='.' is a directory"),
         (["run.toml", "other.toml"], "config='other.toml' is a second configuration file"),
         (["broken.toml"], "config='broken.toml' is not TOML at line 2, column 8"),
-        (["run.toml", "strategy.sed=1"], "command line: strategy.sed=1 is not a setting of strategy; did you mean 'seed'?"),
+        (
+            ["run.toml", "strategy.sed=1"],
+            "strategy.sed=1 is not a setting of strategy; did you mean 'seed'?",
+        ),
         (["run.toml", "run.num_steps=2.7"], "num_steps=2.7"),
         (["run.toml", "--strategy=sngle"], "strategy='sngle' is not registered; did you mean 'single'?"),
         (["run.toml", "--engine=vlm"], "engine_type='vlm' is not registered"),
         (["run.toml", "data.path=none.jsonl"], "path='none.jsonl' cannot be read (No such file or directory)"),
         (["run.toml", "data.path=empty.jsonl"], "path='empty.jsonl' is empty"),
         (["run.toml", "data.path=torn.jsonl"], "path='torn.jsonl' line 3 is not JSON"),
-        (["run.toml", "data.path=long.jsonl"], "has 17 tokens, and with engine.max_new_tokens(4) that is more than the"),
+        (
+            ["run.toml", "data.path=long.jsonl"],
+            "has 17 tokens, and with engine.max_new_tokens(4) that is more",
+        ),
         (["run.toml", "data.path=strange.jsonl"], "holds 'x', which the tokenizer does not know"),
         (["run.toml", "data.reward=rewards:missing"], "reward='rewards:missing' names no function of 'rewards'"),
         (["run.toml", "data.reward=exact_mtch"], "reward='exact_mtch' is not known; did you mean 'exact_match'?"),
@@ -42,7 +49,7 @@ _QUICK = ("run.warmup_steps=0", "run.num_steps=1", "--quiet")
         (["run.toml", "strategy.train_batch_size=12"], "train_batch_size=12 does not divide"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(cli, workplace: Path, argv: list[str], words: str) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(cli: Cli, workplace: Path, argv: list[str], words: str) -> None:
     """What can be known before the first step is refused with one line that names it, and nothing is trained."""
     good = (workplace / "problems.jsonl").read_text()
     (workplace / "broken.toml").write_text("[strategy]\nseed = \n")
@@ -50,7 +57,9 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, workplace: Path, argv: list[
     (workplace / "torn.jsonl").write_text('{"prompt": "1", "answer": "1"}\n\n{"prompt": "1+\n')
     (workplace / "long.jsonl").write_text(good + f'{{"prompt": "{"1" * 17}", "answer": "1"}}\n')
     (workplace / "strange.jsonl").write_text(good + '{"prompt": "x", "answer": "1"}\n')
-    (workplace / "task.toml").write_text('[data]\ntask = "chain_summ"\ntrain_size = 4\n[strategy]\nstrategy = "single"\n')
+    (workplace / "task.toml").write_text(
+        '[data]\ntask = "chain_summ"\ntrain_size = 4\n[strategy]\nstrategy = "single"\n'
+    )
     outcome = cli("train", *argv)
     assert outcome.code == 2
     assert outcome.line.startswith("lightrft: error: ")
@@ -59,7 +68,8 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, workplace: Path, argv: list[
     assert not list(workplace.rglob("step-*"))
 
 
-def test_two_mistakes_are_two_lines(cli, workplace: Path) -> None:
+@pytest.mark.usefixtures("workplace")
+def test_two_mistakes_are_two_lines(cli: Cli) -> None:
     """All wrong settings are said at once, a line each."""
     outcome = cli("train", "run.toml", "strategy.sed=1", "run.numsteps=2")
     assert outcome.code == 2
@@ -80,13 +90,10 @@ def _without_privileges() -> Generator[None]:
         os.seteuid(before)
 
 
-def test_a_directory_without_permission_is_refused(cli, workplace: Path) -> None:
+def test_a_directory_without_permission_is_refused(cli: Cli, workplace: Path) -> None:
     """A run directory that this user may not write is refused before anything is computed."""
     (workplace / "closed").mkdir(mode=0o500)
-    config = cli("train", "run.toml", "--print-config").out
     with _without_privileges():
-        readable = Path("/dev/stdin") if not config else None
-        assert readable is None
         outcome = cli("train", "run.toml", "run.dir=closed/run")
     assert outcome.code == 2
     assert "Permission denied" in outcome.line
@@ -96,8 +103,8 @@ def test_a_directory_without_permission_is_refused(cli, workplace: Path) -> None
     ("reward", "words"),
     [("raises", "raised KeyError: 'no such rubric'"), ("not_a_number", "returned nan; return a finite number")],
 )
-def test_a_reward_that_fails_ends_the_run_with_its_checkpoint_intact(cli, workplace: Path, reward: str, words: str) -> None:
-    """A reward that raises or returns NaN is a failure while running: exit code 1, one line, and the checkpoint stays."""
+def test_a_reward_that_fails_leaves_the_checkpoint_intact(cli: Cli, workplace: Path, reward: str, words: str) -> None:
+    """A reward that raises or returns NaN is exit code 1 and one line, and the checkpoint stays."""
     outcome = cli("train", "run.toml", f"data.reward=rewards:{reward}", "--quiet")
     assert outcome.code == 1
     assert words in outcome.line
@@ -107,7 +114,8 @@ def test_a_reward_that_fails_ends_the_run_with_its_checkpoint_intact(cli, workpl
     assert "resumed from step 9" in again.out
 
 
-def test_a_failure_before_the_first_checkpoint_promises_none(cli, workplace: Path) -> None:
+@pytest.mark.usefixtures("workplace")
+def test_a_failure_before_the_first_checkpoint_promises_none(cli: Cli) -> None:
     """Where nothing was saved yet the line does not speak of a checkpoint."""
     outcome = cli("train", "run.toml", "data.reward=rewards:raises", *_QUICK)
     assert outcome.code == 1
@@ -125,17 +133,15 @@ def _largest_file(num_bytes: int) -> Generator[None]:
 
 
 def test_a_file_that_cannot_grow_ends_the_run_and_loses_nothing(
-    cli, workplace: Path, make_workplace: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+    cli: Cli, workplace: Path, edit_rewards: EditRewards
 ) -> None:
-    """When writing fails, the line names the path and the checkpoint; with room again the run ends as if undisturbed."""
-    assert cli("train", "run.toml", "data.reward=rewards:share_of_odd_digits", "run.dir=whole", "--quiet").code == 0
+    """When writing fails, the line names path and checkpoint; with room again the run ends as if undisturbed."""
     settings = ("train", "run.toml", "--quiet")
+    assert cli(*settings, "run.dir=whole").code == 0
     rewards = (workplace / "rewards.py").read_text()
-    (workplace / "rewards.py").write_text(rewards.replace("return sum(", "1 / 0; return sum(", 1))
-    monkeypatch.delitem(__import__("sys").modules, "rewards")
+    edit_rewards(rewards.replace("return sum(", "1 / 0; return sum(", 1))
     assert cli(*settings).code == 1  # after the checkpoint of step 9
-    (workplace / "rewards.py").write_text(rewards)
-    monkeypatch.delitem(__import__("sys").modules, "rewards")
+    edit_rewards(rewards)
     with _largest_file(512):
         outcome = cli(*settings)
     assert outcome.code == 1
@@ -146,37 +152,43 @@ def test_a_file_that_cannot_grow_ends_the_run_and_loses_nothing(
     assert channel_path("run", "metrics").read_bytes() == channel_path("whole", "metrics").read_bytes()
 
 
-def test_a_full_disk_ends_the_run_and_loses_nothing(cli, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that fills up in the middle of a run costs the steps since the last checkpoint and nothing else."""
-    disk = workplace / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(disk)], capture_output=True, text=True, check=False
-    )
+_FILL = """\
+    with open("disk/ballast", "wb", buffering=0) as file:
+        while True:
+            try:
+                file.write(bytes(512))
+            except OSError:
+                break
+"""
+
+
+@contextmanager
+def _small_disk(path: Path) -> Generator[None]:
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(path)]
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)  # noqa: S603 (our own words)
     if mounted.returncode:
         pytest.skip(f"a small disk cannot be mounted here ({mounted.stderr.strip()})")
     try:
-        settings = ("train", "run.toml", "--quiet")
+        yield
+    finally:
+        subprocess.run(["umount", str(path)], check=True)  # noqa: S603, S607 (as above)
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing(cli: Cli, workplace: Path, edit_rewards: EditRewards) -> None:
+    """A disk that fills up in the middle of a run costs the steps since the last checkpoint and nothing else."""
+    rewards = (workplace / "rewards.py").read_text()
+    head = "def share_of_odd_digits(prompt, completion, answer):\n"
+    settings = ("train", "run.toml", "--quiet")
+    with _small_disk(workplace / "disk"):
         assert cli(*settings, "run.dir=whole").code == 0
-        rewards = (workplace / "rewards.py").read_text()
-        fill = (
-            "    with open('disk/ballast', 'wb', buffering=0) as file:\n"
-            "        while True:\n"
-            "            try:\n                file.write(bytes(512))\n"
-            "            except OSError:\n                break\n"
-        )
-        head = "def share_of_odd_digits(prompt, completion, answer):\n"
-        (workplace / "rewards.py").write_text(rewards.replace(head, head + fill))
-        monkeypatch.delitem(__import__("sys").modules, "rewards")
+        edit_rewards(rewards.replace(head, head + _FILL))
         outcome = cli(*settings, "run.dir=disk/run")
         assert outcome.code == 1
         assert "No space left on device" in outcome.line
         assert "disk/run/" in outcome.line
         assert outcome.line.endswith("The last checkpoint, of step 9 in disk/run/checkpoints, is intact.")
-        (disk / "ballast").unlink()
-        (workplace / "rewards.py").write_text(rewards)
-        monkeypatch.delitem(__import__("sys").modules, "rewards")
+        (workplace / "disk" / "ballast").unlink()
+        edit_rewards(rewards)
         assert cli(*settings, "run.dir=disk/run").code == 0
         assert channel_path("disk/run", "metrics").read_bytes() == channel_path("whole", "metrics").read_bytes()
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)

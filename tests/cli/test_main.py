@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cli_runs import Cli
 
 from lightrft import __version__
 from lightrft.cli import main
@@ -27,14 +28,14 @@ def test_answers_without_torch(argv: list[str]) -> None:
         "sys.exit('torch was imported' if 'torch' in sys.modules else code)"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(
+    done = subprocess.run(  # noqa: S603 (our own interpreter)
         [sys.executable, "-c", program, *argv], capture_output=True, text=True, check=False, env=environment
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout
 
 
-def test_help_names_every_command_and_the_version(cli) -> None:
+def test_help_names_every_command_and_the_version(cli: Cli) -> None:
     """`--help` lists the six commands; `--version` prints the version."""
     shown = cli("--help")
     assert shown.code == 0
@@ -54,7 +55,7 @@ def test_help_names_every_command_and_the_version(cli) -> None:
         (["--nonsense"], "--nonsense"),
     ],
 )
-def test_wrong_usage_is_one_line(cli, argv: list[str], words: str) -> None:
+def test_wrong_usage_is_one_line(cli: Cli, argv: list[str], words: str) -> None:
     """A command line that makes no sense ends with exit code 2 and one line that says what to do."""
     outcome = cli(*argv)
     assert outcome.code == 2
@@ -63,7 +64,7 @@ def test_wrong_usage_is_one_line(cli, argv: list[str], words: str) -> None:
     assert outcome.out == ""
 
 
-def test_debug_adds_the_traceback(cli, tmp_path: Path) -> None:
+def test_debug_adds_the_traceback(cli: Cli, tmp_path: Path) -> None:
     """With `--debug` the traceback comes before the line, which stays the same."""
     missing = str(tmp_path / "missing.toml")
     plain, debug = cli("train", missing), cli("train", missing, "--debug")
@@ -102,12 +103,12 @@ def test_every_wrong_setting_has_its_line_and_notes_follow_the_last() -> None:
     assert explain(caused) == ["error: one two"]
 
 
-def test_an_encoding_without_the_character_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_encoding_without_a_character_ends_no_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On a stream that is not UTF-8 what it cannot write becomes a question mark."""
     with (tmp_path / "out").open("w", encoding="ascii") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
         tolerant_output()
-        sys.stdout.write("α")
+        sys.stdout.write("\u03b1")
     assert (tmp_path / "out").read_text() == "?"
 
 
@@ -117,7 +118,7 @@ def test_tables_line_up() -> None:
     assert lines == ["key     what", "a       x", "longer"]
 
 
-def test_strategies_and_engines_are_listed(cli) -> None:
+def test_strategies_and_engines_are_listed(cli: Cli) -> None:
     """Each key of the registries has a row with whether its package is installed and what it is."""
     strategies, engines = cli("strategies"), cli("engines")
     assert strategies.code == engines.code == 0
@@ -126,9 +127,7 @@ def test_strategies_and_engines_are_listed(cli) -> None:
     assert all(len(row) > 2 for row in rows)
 
 
-def test_backends_of_other_packages_are_listed(
-    cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_backends_of_other_packages_are_listed(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An installed package's entry point has a row with its place, and its module is not imported."""
     info = tmp_path / "mine-1.2.dist-info"
     info.mkdir()
@@ -139,13 +138,15 @@ def test_backends_of_other_packages_are_listed(
     assert last.split() == ["mine", "yes", "not_there:build,", "of", "the", "package", "mine"]
 
 
-def test_a_missing_package_is_said_with_its_command(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_said_with_its_command(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine whose package is not installed is listed with the command that installs it."""
     monkeypatch.setattr("importlib.util.find_spec", {}.get)
     assert "no: pip install 'lightrft[hf]'" in cli("engines").out
 
 
-def test_main_takes_the_arguments_of_the_process(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_main_takes_the_arguments_of_the_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Without arguments `main` reads `sys.argv`."""
     monkeypatch.setattr(sys, "argv", ["lightrft", "--version"])
     assert main() == 0

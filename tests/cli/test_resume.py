@@ -1,18 +1,18 @@
-"""Killed or asked to stop at any moment, and started again: the metrics are those of an undisturbed run, bit for bit."""
+"""Killed or asked to stop, and started again: the metrics are those of an undisturbed run, bit for bit."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cli_runs import Cli, Launch
 
 from lightrft.tracking.files import channel_path
 
 
 @pytest.fixture
-def undisturbed(cli, workplace: Path) -> dict[str, bytes]:
+def undisturbed(cli: Cli, workplace: Path) -> dict[str, bytes]:
     """Metrics and samples of a run from beginning to end."""
     assert cli("train", "run.toml", "run.dir=undisturbed", "--quiet").code == 0
     return _logged(workplace / "undisturbed")
@@ -23,7 +23,7 @@ def _logged(run_dir: Path) -> dict[str, bytes]:
 
 
 def test_a_killed_run_goes_on_bit_for_bit(
-    cli, launch: Callable, workplace: Path, undisturbed: dict[str, bytes]
+    cli: Cli, launch: Launch, workplace: Path, undisturbed: dict[str, bytes]
 ) -> None:
     """SIGKILL before the first checkpoint, in the warm-up and in reinforcement costs nothing but time."""
     for rows in (2, 8, 19):
@@ -37,7 +37,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
 
 @pytest.mark.parametrize(("number", "rows"), [(signal.SIGTERM, 5), (signal.SIGINT, 16)])
 def test_a_run_that_is_asked_to_stop_goes_on_bit_for_bit(
-    cli, launch: Callable, workplace: Path, undisturbed: dict[str, bytes], number: signal.Signals, rows: int
+    cli: Cli, launch: Launch, workplace: Path, undisturbed: dict[str, bytes], number: signal.Signals, rows: int
 ) -> None:
     """SIGTERM and SIGINT end at a step boundary with a checkpoint and exit code 75; the same command goes on."""
     stopped = launch("train", "run.toml", cwd=workplace, signal_at=f"{rows}:{number.value}")
@@ -54,7 +54,20 @@ def test_a_run_that_is_asked_to_stop_goes_on_bit_for_bit(
     assert _logged(workplace / "run") == undisturbed
 
 
-def test_a_second_signal_ends_the_run_at_once(cli, workplace: Path) -> None:
+def test_a_signal_during_a_step_ends_after_it(cli: Cli, workplace: Path) -> None:
+    """One SIGTERM in the middle of a rollout: exit code 75 after that step, and the handlers are as before."""
+    before = signal.getsignal(signal.SIGTERM)
+    source = (workplace / "rewards.py").read_text()
+    head = "def share_of_odd_digits(prompt, completion, answer):\n"
+    once = "    if not os.path.exists('sent'):\n        open('sent', 'w').close()\n        os.kill(os.getpid(), 15)\n"
+    (workplace / "rewards.py").write_text(source.replace(head, head + once))
+    outcome = cli("train", "run.toml", "--quiet")
+    assert outcome.code == 75
+    assert outcome.line.startswith("lightrft: SIGTERM: stopped after step 12 with a checkpoint in run/checkpoints")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_signal_ends_the_run_at_once(cli: Cli, workplace: Path) -> None:
     """Whoever presses Ctrl-C twice does not wait for the step; the last checkpoint is there."""
     source = (workplace / "rewards.py").read_text()
     head = "def share_of_odd_digits(prompt, completion, answer):\n"

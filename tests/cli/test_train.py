@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from cli_runs import Cli
 
 from lightrft.cli.run_dir import open_run_dir
 from lightrft.config import load_config, to_toml
 from lightrft.tracking.files import channel_path, read_rows
 
 
-def test_a_run_from_beginning_to_end_and_again(cli, workplace: Path) -> None:
-    """A run says what it is, logs every step, leaves model, report and checkpoint, and started again does nothing more."""
+def test_a_run_from_beginning_to_end_and_again(cli: Cli, workplace: Path) -> None:
+    """A run says what it is, logs every step, leaves a model and a report, and again it does nothing."""
     outcome = cli("train", "run.toml")
     assert (outcome.code, outcome.err) == (0, "")
     for words in ("single on cpu (1 thread)", "hf", "3,", "24 to learn from, 6 held out", "new run of 24 steps"):
@@ -41,20 +42,23 @@ def test_a_run_from_beginning_to_end_and_again(cli, workplace: Path) -> None:
     assert measured.out.count("completion  ") == 1
 
 
-def test_what_would_change_a_resumed_run_is_refused(cli, workplace: Path) -> None:
-    """Settings that differ from those of the checkpoint are named with both values; those that change nothing are not."""
+@pytest.mark.usefixtures("workplace")
+def test_what_would_change_a_resumed_run_is_refused(cli: Cli) -> None:
+    """Settings that differ from those of the checkpoint are named with both values; some may change."""
     short = ("run.warmup_steps=0", "run.num_steps=1")
     assert cli("train", "run.toml", *short).code == 0
     changes = ("strategy.seed=4", "strategy.l2=0.1", "algorithm.dual_clip=3", "data.train_size=5")
     refused = cli("train", "run.toml", *short, *changes)
     assert refused.code == 2
-    for words in ("strategy.seed=4 (was 3), strategy.l2=0.1 (was 0.0), algorithm.dual_clip=3.0 (was not set) and 1 more",
-                  "set what run/config.toml says"):
+    for words in (
+        "strategy.seed=4 (was 3), strategy.l2=0.1 (was 0.0), algorithm.dual_clip=3.0 (was not set) and 1 more",
+        "set what run/config.toml says",
+    ):
         assert words in refused.line
     assert cli("train", "run.toml", *short, "checkpoint.save_every=7", "run.threads=2").code == 0
 
 
-def test_a_finished_model_without_a_checkpoint_is_not_passed_off_as_new(cli, workplace: Path) -> None:
+def test_a_finished_model_without_a_checkpoint_is_not_passed_off_as_new(cli: Cli, workplace: Path) -> None:
     """A directory whose checkpoints were removed, but not its model, is refused."""
     (workplace / "run" / "model").mkdir(parents=True)
     outcome = cli("train", "run.toml")
@@ -62,7 +66,7 @@ def test_a_finished_model_without_a_checkpoint_is_not_passed_off_as_new(cli, wor
     assert "run.dir='run' holds a finished model" in outcome.line
 
 
-def test_a_damaged_configuration_of_the_run_is_named(cli, workplace: Path) -> None:
+def test_a_damaged_configuration_of_the_run_is_named(cli: Cli, workplace: Path) -> None:
     """A run whose config.toml was damaged does not go on with settings that nobody can compare."""
     short = ("run.warmup_steps=0", "run.num_steps=0")
     assert cli("train", "run.toml", *short).code == 0
@@ -72,7 +76,7 @@ def test_a_damaged_configuration_of_the_run_is_named(cli, workplace: Path) -> No
     assert "config='run/config.toml' cannot be read" in outcome.line
 
 
-def test_options_may_stand_anywhere(cli, workplace: Path) -> None:
+def test_options_may_stand_anywhere(cli: Cli, workplace: Path) -> None:
     """Options between settings, and the short forms of strategy and engine, mean the same as settings."""
     printed = cli("train", "--engine", "scripted", "run.toml", "strategy.seed=9", "--print-config", "run.num_steps=2")
     expected = load_config("run.toml", ["engine.type=scripted", "strategy.seed=9", "run.num_steps=2"])
@@ -82,13 +86,14 @@ def test_options_may_stand_anywhere(cli, workplace: Path) -> None:
     assert not (workplace / "run").exists()
 
 
-def test_the_printed_configuration_reads_back_equal(cli, workplace: Path) -> None:
+def test_the_printed_configuration_reads_back_equal(cli: Cli, workplace: Path) -> None:
     """What `--print-config` writes is a TOML file with the same configuration."""
     (workplace / "whole.toml").write_text(cli("train", "run.toml", "--print-config").out)
     assert load_config("whole.toml") == load_config("run.toml")
 
 
-def test_a_warning_is_one_line(cli, workplace: Path) -> None:
+@pytest.mark.usefixtures("workplace")
+def test_a_warning_is_one_line(cli: Cli) -> None:
     """A strategy that runs as another one says so on one line of stderr, and the run goes on."""
     outcome = cli("train", "run.toml", "--strategy=fsdp2", "run.warmup_steps=0", "run.num_steps=0", "--quiet")
     assert outcome.code == 0
@@ -96,7 +101,8 @@ def test_a_warning_is_one_line(cli, workplace: Path) -> None:
     assert "resume    lightrft train run.toml run.warmup_steps=0 run.num_steps=0 --strategy fsdp2\n" in outcome.out
 
 
-def test_a_directory_in_use_is_refused(cli, workplace: Path) -> None:
+@pytest.mark.usefixtures("workplace")
+def test_a_directory_in_use_is_refused(cli: Cli) -> None:
     """Two runs never write to one directory at a time."""
     with open_run_dir("run"):
         outcome = cli("train", "run.toml")
@@ -104,7 +110,7 @@ def test_a_directory_in_use_is_refused(cli, workplace: Path) -> None:
     assert "run.dir='run' is in use by another process" in outcome.line
 
 
-def test_a_task_of_reasoning_gym_by_name(cli, workplace: Path) -> None:
+def test_a_task_of_reasoning_gym_by_name(cli: Cli, workplace: Path) -> None:
     """`data.task` makes problems and scores answers with the task's own verifier."""
     (workplace / "task.toml").write_text(
         (workplace / "run.toml").read_text().split("[data]")[0]
@@ -117,7 +123,7 @@ def test_a_task_of_reasoning_gym_by_name(cli, workplace: Path) -> None:
     assert "8 to learn from, 4 held out" in outcome.out
 
 
-def test_a_finished_model_can_be_evaluated_without_its_checkpoints(cli, workplace: Path) -> None:
+def test_a_finished_model_can_be_evaluated_without_its_checkpoints(cli: Cli, workplace: Path) -> None:
     """Where there is no checkpoint, `evaluate` takes the exported model, and says so."""
     import shutil
 
@@ -137,7 +143,7 @@ def test_a_finished_model_can_be_evaluated_without_its_checkpoints(cli, workplac
 
 
 @pytest.mark.parametrize("command", ["evaluate", "report"])
-def test_commands_about_a_run_want_one(cli, tmp_path: Path, command: str) -> None:
+def test_commands_about_a_run_want_one(cli: Cli, tmp_path: Path, command: str) -> None:
     """Without a directory, with two, and with one that is no run, the line says what to name."""
     for argv in ([], ["a", "b"], [str(tmp_path / "none")]):
         outcome = cli(command, *argv)
@@ -145,7 +151,7 @@ def test_commands_about_a_run_want_one(cli, tmp_path: Path, command: str) -> Non
         assert "name" in outcome.line
 
 
-def test_the_report_goes_where_it_is_asked_to(cli, workplace: Path) -> None:
+def test_the_report_goes_where_it_is_asked_to(cli: Cli, workplace: Path) -> None:
     """`--output` names the file; a place that cannot be is refused."""
     (workplace / "empty").mkdir()
     outcome = cli("report", "empty", "--output", "page.html")

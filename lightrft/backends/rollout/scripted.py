@@ -1,7 +1,7 @@
 """An engine that gives out prepared completions, for tests and dry runs.
 
-The tokens are written beforehand; everything else is real: it holds a copy of the model, takes weight updates, and reports
-the log-probabilities that the model gives to the tokens.
+The tokens are written beforehand; everything else is real: it holds a copy of the model, takes weight updates, and
+reports the log-probabilities that the model gives to the tokens.
 
 T tokens, V vocabulary
 """
