@@ -9,6 +9,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TRL_VENV := .venv-trl
+TRL_READY := $(TRL_VENV)/.ready
 SEED ?= 0
 # One thread a process: small tensors are faster so, and two test processes share the cores fairly.
 export OMP_NUM_THREADS ?= 1
@@ -36,6 +38,7 @@ check: lint types imports coverage docs
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/towncrier build --draft --version next > /dev/null
 
 types: $(READY)
 	$(BIN)/mypy
@@ -51,9 +54,19 @@ coverage: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-bench: $(READY)
+# The peers that want an environment of their own.
+$(TRL_READY): pyproject.toml
+	$(PYTHON) -m venv $(TRL_VENV)
+	$(TRL_VENV)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(TRL_VENV)/bin/python -m pip install --quiet torch==2.13.0
+	$(TRL_VENV)/bin/python -m pip install --quiet trl==1.16.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0
+	$(TRL_VENV)/bin/python -m pip install --quiet --editable .
+	touch $(TRL_READY)
+
+bench: $(READY) $(TRL_READY)
 	$(BIN)/python benchmarks/overhead.py --write
-	$(BIN)/python benchmarks/logprob.py --write
+	$(TRL_VENV)/bin/python benchmarks/logprob.py --write
+	$(TRL_VENV)/bin/python benchmarks/versus_trl.py --write
 
 clean:
-	rm -rf $(VENV) .venv-trl site .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(TRL_VENV) site .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,13 +1,14 @@
 """The same GRPO work by TRL's GRPOTrainer and by lightrft: one process, step by step in turn.
 
-Both train the same randomly initialised Qwen2 on the same number of prompts, samples and tokens a step, with fused AdamW in
-float32 on one thread; completions have a fixed length, so that both generate and learn from exactly as many tokens. TRL runs its
-own `train()`; a callback at the end of each of its steps takes two steps of ours (the A/A control), so that drift of the machine
-hits all alike. Memory is the peak resident set of a fresh process that runs one of them alone.
+Both train the same randomly initialised Qwen2 on the same number of prompts, samples and tokens a step, with fused
+AdamW in float32 on one thread; completions have a fixed length, so that both generate and learn from exactly as many
+tokens. TRL runs its own `train()`; a callback at the end of each of its steps takes two steps of ours (the A/A
+control), so that drift of the machine hits all alike. Memory is the peak resident set of a fresh process that runs one
+of them alone.
 
 TRL's kernels for GPUs are off on a CPU: this compares what both do here, not what they do on a GPU.
 
-    make bench-trl        builds an environment with TRL in .venv-trl and runs this
+    make bench        builds an environment with TRL in .venv-trl, and runs this and the other benchmarks
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from paired import (
     check_control,
     control_error,
     describe_machine,
+    format_table,
     last_line_of,
     median,
-    peak_bytes,
     paired_ratio,
+    peak_bytes,
     print_table,
-    format_table,
     write_results,
 )
 
@@ -119,9 +120,9 @@ def reward(prompt: str, completion: str, answer: str, /) -> float:
 
 def our_step(case: Case) -> Callable[[], None]:
     """Return one step of lightrft: collect, learn, sync."""
+    from lightrft.algorithms.advantages import ADVANTAGES
     from lightrft.config.sections import AlgorithmConfig, EngineConfig
     from lightrft.data.prompts import Problem
-    from lightrft.algorithms.advantages import ADVANTAGES
     from lightrft.data.sampler import ResumableSampler
     from lightrft.loops.collect import collect, sampling_params
     from lightrft.loops.learn import learn
@@ -185,7 +186,7 @@ def run_trl(case: Case, rounds: int, between: Callable[[], None]) -> list[float]
 
         started = time.process_time()
 
-        def on_step_end(self, *arguments: object, **keywords: object) -> None:
+        def on_step_end(self, *_arguments: object, **_keywords: object) -> None:
             seconds.append(time.process_time() - self.started)
             between()
             self.started = time.process_time()

@@ -23,6 +23,7 @@ COMMANDS: tuple[Command, ...] = (
     registered.ENGINES_COMMAND,
     doctor.COMMAND,
 )
+"""All commands, in the order of `--help`."""
 
 
 class _Parser(argparse.ArgumentParser):

@@ -58,3 +58,4 @@ COMMAND = Command(
     add_arguments=_add_arguments,
     run=_run,
 )
+"""`lightrft doctor`."""

@@ -105,3 +105,4 @@ COMMAND = Command(
     add_arguments=_add_arguments,
     run=_run,
 )
+"""`lightrft evaluate`."""

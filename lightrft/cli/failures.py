@@ -15,8 +15,11 @@ from lightrft.errors import (
 __all__ = ["EXIT_BAD_INPUT", "EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_OK", "EXIT_STOPPED", "exit_code", "explain"]
 
 EXIT_OK = 0
+"""It is done."""
 EXIT_FAILED = 1
+"""It failed while running."""
 EXIT_BAD_INPUT = 2
+"""The input is wrong; nothing was begun."""
 EXIT_STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: try the same again later."""
 EXIT_INTERRUPTED = 130

@@ -101,6 +101,7 @@ STRATEGIES_COMMAND = Command(
     add_arguments=_add_no_arguments,
     run=_run_strategies,
 )
+"""`lightrft strategies`."""
 
 ENGINES_COMMAND = Command(
     name="engines",
@@ -109,3 +110,4 @@ ENGINES_COMMAND = Command(
     add_arguments=_add_no_arguments,
     run=_run_engines,
 )
+"""`lightrft engines`."""

@@ -40,3 +40,4 @@ COMMAND = Command(
     add_arguments=_add_arguments,
     run=_run,
 )
+"""`lightrft report`."""

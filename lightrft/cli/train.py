@@ -185,3 +185,4 @@ COMMAND = Command(
     add_arguments=_add_arguments,
     run=_run,
 )
+"""`lightrft train`."""

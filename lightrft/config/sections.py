@@ -28,10 +28,15 @@ __all__ = [
 # The names stand here and not beside the functions so that a configuration is checked without importing torch;
 # a test holds them equal to the keys of the mappings in `lightrft.algorithms`.
 ADVANTAGE_NAMES = ("grpo", "dr_grpo", "rloo", "reinforce++")
+"""Values of `AlgorithmConfig.advantage`."""
 LOSS_NAMES = ("ppo_clip", "gspo", "cispo")
+"""Values of `AlgorithmConfig.loss`."""
 AGGREGATION_NAMES = ("token", "sequence", "constant")
+"""Values of `AlgorithmConfig.aggregation`."""
 KL_NAMES = ("k1", "k2", "k3")
+"""Values of `AlgorithmConfig.kl_estimator`."""
 CORRECTION_NAMES = ("none", "truncate", "mask")
+"""Values of `AlgorithmConfig.importance_correction`."""
 
 
 @attrs.frozen(kw_only=True)

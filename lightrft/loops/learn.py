@@ -39,7 +39,7 @@ class Learned:
     Attributes:
         steps: results of the optimizer steps, in order.
         loss: mean of the steps' losses.
-        kl: divergence from the reference model; None without one.
+        kl: divergence from the reference model or, without one, from the policy that made the rollout (k3, in nats).
         entropy: estimate of the policy's entropy at the sampling temperature, in nats: minus the mean logprob.
         clipped: share of tokens whose ratio was clipped.
         logprob_difference: largest difference between engine and trainer before the first step, in nats.
@@ -47,7 +47,7 @@ class Learned:
 
     steps: tuple[StepResult, ...]
     loss: float
-    kl: float | None
+    kl: float
     entropy: float
     clipped: float
     logprob_difference: float
@@ -118,7 +118,7 @@ class _Seen:
     num_tokens: int
     logprobs: Tensor
     clipped: Tensor
-    kl: Tensor | None
+    kl: Tensor
     difference: Tensor
 
 
@@ -276,25 +276,23 @@ def _look(algorithm: AlgorithmConfig, loss: Tensor, logprobs_N: Tensor, per_toke
     clipped_N = clip_fraction(
         logprobs_N, old_N, per_token_N["advantages"], clip_low=algorithm.clip_low, clip_high=algorithm.clip_high
     )
-    reference_N = per_token_N.get("reference")
-    kl = None if reference_N is None else KL_ESTIMATORS["k3"](logprobs_N, reference_N).sum()
+    reference_N = per_token_N.get("reference", per_token_N["engine"])
     return _Seen(
         loss=loss,
         num_tokens=len(logprobs_N),
         logprobs=logprobs_N.sum(),
         clipped=clipped_N.float().sum(),
-        kl=kl,
+        kl=KL_ESTIMATORS["k3"](logprobs_N, reference_N).sum(),
         difference=(old_N - per_token_N["engine"]).abs().max(),
     )
 
 
 def _summary(steps: Sequence[StepResult], seen: Sequence[_Seen]) -> Learned:
     num_tokens = sum(one.num_tokens for one in seen)
-    divergences = [one.kl for one in seen if one.kl is not None]
     return Learned(
         steps=tuple(steps),
         loss=torch.stack([one.loss for one in seen]).sum().item() / len(steps),
-        kl=torch.stack(divergences).sum().item() / num_tokens if divergences else None,
+        kl=torch.stack([one.kl for one in seen]).sum().item() / num_tokens,
         entropy=-torch.stack([one.logprobs for one in seen]).sum().item() / num_tokens,
         clipped=torch.stack([one.clipped for one in seen]).sum().item() / num_tokens,
         logprob_difference=torch.stack([one.difference for one in seen]).max().item(),

@@ -49,3 +49,4 @@ summary{cursor:pointer}
 .settings td{padding:3px 8px 3px 0}
 .settings code{overflow-wrap:break-word}
 """
+"""The style sheet."""

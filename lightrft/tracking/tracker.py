@@ -15,6 +15,7 @@ Channel: TypeAlias = Literal["metrics", "timings", "samples"]
 """metrics: what a run computed, the same bits for the same seed; timings: what it cost; samples: completions."""
 
 CHANNELS: tuple[Channel, ...] = ("metrics", "timings", "samples")
+"""All channels."""
 
 
 class Resume(Protocol):

@@ -41,9 +41,7 @@ def tiny_config(folder: Path, **algorithm: object) -> Config:
         data=DataConfig(path=str(path), heldout_size=8),
         model=ModelConfig(hidden_size=16, num_layers=1, num_heads=2, max_length=16, alphabet="0123456789+=- "),
         checkpoint=CheckpointConfig(save_every=1, max_num=100),
-        run=RunConfig(
-            dir=str(folder / "run"), num_steps=4, warmup_steps=3, warmup_batch_size=8, evaluate_every=2
-        ),
+        run=RunConfig(dir=str(folder / "run"), num_steps=4, warmup_steps=3, warmup_batch_size=8, evaluate_every=2),
     )
 
 

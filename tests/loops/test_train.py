@@ -150,7 +150,7 @@ def test_a_run_without_a_group_to_learn_from_says_so_and_keeps_the_weights(tmp_p
 
 
 def test_settings_that_do_not_fit_are_refused_before_anything_starts(tmp_path: Path) -> None:
-    """A batch that does not divide the rollout and a warm-up on more problems than there are raise, with all factors."""
+    """A batch that does not divide the rollout raises, and so does a warm-up on more problems than there are."""
     config = tiny_config(tmp_path)
     odd = attrs.evolve(config, strategy=attrs.evolve(config.strategy, train_batch_size=12))
     with pytest.raises(ConfigError, match=r"12 does not divide prompts_per_step\(4\) \* num_samples\(4\) = 16"):
@@ -160,7 +160,7 @@ def test_settings_that_do_not_fit_are_refused_before_anything_starts(tmp_path: P
         run(greedy)
 
 
-def test_a_state_comes_back_from_json(tmp_path: Path) -> None:
+def test_a_state_comes_back_from_json() -> None:
     """The state of a run survives JSON, and what is none is refused."""
     state = RunState(step=3, sampler={"epoch": 1, "position": 2}, accuracy=0.25)
     assert state_from_json(json.loads(json.dumps(state_to_json(state)))) == state

@@ -267,5 +267,5 @@ def test_building_has_no_side_effect() -> None:
 
 def test_a_misspelt_key_of_a_mapping_is_an_error_that_names_the_nearest() -> None:
     """A mapping is held to the names of settings; an object with attributes may have others."""
-    with pytest.raises(ConfigError, match="max_norn.*did you mean 'max_norm'"):
+    with pytest.raises(ConfigError, match=r"max_norn.*did you mean 'max_norm'"):
         get_strategy({"strategy": "single", "max_norn": 1.0})

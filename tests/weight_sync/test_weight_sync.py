@@ -88,7 +88,7 @@ def test_the_probe_reports_a_trainer_full_of_nan_as_no_agreement() -> None:
 
 
 def test_serving_syncs_verifies_and_refuses_a_sync_that_did_not_arrive() -> None:
-    """A sync reports what it did; one whose stream lies about a tensor is caught by the probe and mended by the next."""
+    """A sync reports what it did; one whose stream lies about a tensor is caught, and the next one mends it."""
     rollout = serve(StrategyConfig(engine_type="scripted"))
     trainer = tiny_model(1)
     engine = rollout.setup_inference_engine(actor=tiny_model(2))
@@ -101,7 +101,7 @@ def test_serving_syncs_verifies_and_refuses_a_sync_that_did_not_arrive() -> None
             yield name, tensor * 2.0 if name == "1.weight" else tensor
 
     liar = build_rollout(
-        StrategyConfig(), find_engine=lambda key: build_scripted, named_tensors=lying, unwrap_model=lambda model: model
+        StrategyConfig(), find_engine=lambda _key: build_scripted, named_tensors=lying, unwrap_model=lambda model: model
     )
     with pytest.raises(WeightSyncError, match="does not hold the trainer's weights"):
         liar.update_engine_weights(engine, tiny_model(3))

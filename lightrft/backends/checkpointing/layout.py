@@ -35,7 +35,9 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
+"""File that makes a directory a checkpoint."""
 CLIENT_STATE = "client_state.json"
+"""File of what the user passed as `client_state`."""
 STEP_PATTERN = r"step-(?:[0-9]{8}|[1-9][0-9]{8,})"
 """Regular expression of the directories of checkpoints; one step has one name."""
 

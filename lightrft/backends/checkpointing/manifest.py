@@ -23,6 +23,7 @@ from lightrft.strategy.protocols.checkpointing import Json
 __all__ = ["FORMAT_VERSION", "Manifest", "read_manifest", "render_manifest", "verify_checkpoint"]
 
 FORMAT_VERSION = 1
+"""Version of the layout that this module reads and writes."""
 _FORMAT = "lightrft-checkpoint"
 # no path, no hidden file and no name that a shell takes for an option
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,254}")

@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 ReduceOp: TypeAlias = Literal["mean", "sum", "max", "min"]
+"""How values of ranks become one."""
 
 TensorTree: TypeAlias = Union["torch.Tensor", float, int, bool, Mapping[str, "TensorTree"]]
 """A tensor, a number, or a dict of these, nested to any depth."""

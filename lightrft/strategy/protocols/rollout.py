@@ -51,6 +51,7 @@ EngineStatus: TypeAlias = Literal["awake", "asleep", "updating", "torn", "closed
 torn: an update did not end well, and only another update mends it; closed: for good."""
 
 FinishReason: TypeAlias = Literal["stop", "length"]
+"""Why a completion ended: after a stop token, or at `max_new_tokens`."""
 
 
 class Tokenizer(Protocol):

@@ -52,7 +52,7 @@ def logprobs_under(
 
 
 def test_completions_match_the_requests_and_the_models_logprobs() -> None:
-    """n completions of each prompt come in order, with the model's own logprobs at the sampling temperature."""
+    """Completions come in order, n for each prompt, with the model's own logprobs at the sampling temperature."""
     model = model_of(0)
     handle = start(model)
     sampling = SamplingParams(n=3, max_new_tokens=5, temperature=0.7, seed=4)
@@ -98,10 +98,14 @@ def test_a_sync_of_other_names_leaves_the_engine_torn(break_it: Callable[[list[s
     handle = start(model)
     tensors = model.state_dict()
     names = break_it(list(tensors))
-    with pytest.raises(WeightSyncError):
-        handle.engine.begin_update(handle)
+
+    def put_and_commit() -> None:
         handle.engine.put(handle, [(name, tensors.get(name, torch.zeros(1))) for name in names])
         handle.engine.commit(handle)
+
+    handle.engine.begin_update(handle)
+    with pytest.raises(WeightSyncError):
+        put_and_commit()
     with pytest.raises(EngineStateError, match="torn"):
         handle.engine.generate(handle, PROMPTS, SamplingParams())
     get_strategy(StrategyConfig(strategy="single")).update_engine_weights(handle, model)
