@@ -50,7 +50,7 @@ def _build_deepspeed(config: StrategyConfig) -> Strategy:
 
 
 def _build_unsharded(key: str, config: StrategyConfig) -> Strategy:
-    from lightrft.backends.collectives.launch import world_size_of_launch
+    from lightrft.backends.launch import world_size_of_launch
 
     world_size = world_size_of_launch()
     if world_size > 1:

@@ -8,16 +8,16 @@ from typing import TypeVar
 
 import torch
 
-from lightrft.backends.collectives.launch import local_rank_of_launch, require_one_process
 from lightrft.backends.collectives.record import CollectiveFunctions
 from lightrft.backends.collectives.reductions import check_gatherable, check_op, check_reducible
 from lightrft.backends.collectives.seeding import forget_seed, seed_everything
 from lightrft.backends.collectives.trees import Leaf, map_leaves
+from lightrft.backends.launch import device_of_process, local_rank_of_launch, require_one_process
 from lightrft.errors import ConfigError
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.protocols.collectives import ReduceOp, SetupDistributed, Teardown, TensorTree, World
 
-__all__ = ["build_collectives", "device_of_process"]
+__all__ = ["build_collectives"]
 
 _Tree = TypeVar("_Tree", bound=TensorTree)
 
@@ -43,11 +43,6 @@ def build_collectives(config: StrategyConfig) -> CollectiveFunctions:
         is_rank_0=_is_rank_0,
         print=_print,
     )
-
-
-def device_of_process() -> str:
-    """Return what this process computes on: its own CUDA device where there is one, else the CPU."""
-    return f"cuda:{local_rank_of_launch()}" if torch.cuda.is_available() else "cpu"
 
 
 def _build_setup(config: StrategyConfig) -> SetupDistributed:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from torch import nn
 from torch.optim import Optimizer
 
-from lightrft.backends.collectives.single import device_of_process
+from lightrft.backends.launch import device_of_process
 from lightrft.backends.training.autocast import unwrap_autocast, wrap_autocast
 from lightrft.backends.training.dataloader import build_setup_dataloader
 from lightrft.backends.training.ema import moving_average

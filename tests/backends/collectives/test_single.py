@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from lightrft.backends.collectives.record import CollectiveFunctions
 from lightrft.backends.collectives.seeding import stream_seed
-from lightrft.backends.collectives.single import build_collectives, device_of_process
+from lightrft.backends.collectives.single import build_collectives
+from lightrft.backends.launch import device_of_process
 from lightrft.errors import ConfigError, UnsupportedError
 from lightrft.strategy.config import StrategyConfig
 

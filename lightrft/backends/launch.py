@@ -6,7 +6,7 @@ import os
 
 from lightrft.errors import ConfigError, UnsupportedError
 
-__all__ = ["local_rank_of_launch", "require_one_process", "world_size_of_launch"]
+__all__ = ["device_of_process", "local_rank_of_launch", "require_one_process", "world_size_of_launch"]
 
 
 def world_size_of_launch() -> int:
@@ -25,6 +25,13 @@ def local_rank_of_launch() -> int:
         ConfigError: it is no integer from 0 up.
     """
     return _integer("LOCAL_RANK", default=0, low=0)
+
+
+def device_of_process() -> str:
+    """Return what this process computes on: its own CUDA device where there is one, else the CPU."""
+    import torch  # whoever only asks for the world size need not wait for it
+
+    return f"cuda:{local_rank_of_launch()}" if torch.cuda.is_available() else "cpu"
 
 
 def require_one_process(strategy: str) -> None:
