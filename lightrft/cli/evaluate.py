@@ -66,7 +66,7 @@ def _evaluate(config: Config, *, num_shown: int) -> None:
 
 def _restore(strategy: Strategy, config: Config, parts: Parts) -> tuple[nn.Module, str]:
     """Return the model with the newest weights, and where they are from."""
-    from lightrft.loops.train import checkpoint_dir
+    from lightrft.loops.run import checkpoint_dir
 
     directory = checkpoint_dir(config)
     done = strategy.latest_ckpt(directory)

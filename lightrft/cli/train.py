@@ -93,7 +93,8 @@ def _train(config: Config, options: _Options, directory: Path, should_stop: Shou
     # heavy imports after all that can be refused without them
     from lightrft.cli.preflight import check_problems, set_threads
     from lightrft.loops.parts import build_parts
-    from lightrft.loops.train import checkpoint_dir, train
+    from lightrft.loops.run import checkpoint_dir
+    from lightrft.loops.train import train
     from lightrft.strategy import get_strategy
     from lightrft.strategy.registry import find_engine
 

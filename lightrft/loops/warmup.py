@@ -5,15 +5,21 @@ Shapes: B problems, T positions, N positions that predict a token of an answer.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import attrs
 import torch
 
 from lightrft.algorithms.fused_loss import fused_policy_loss
 from lightrft.data.padding import pad_completions
 from lightrft.data.prompts import Problem
+from lightrft.data.sampler import ResumableSampler
 from lightrft.errors import DataError
+from lightrft.loops.evaluate import evaluate
+from lightrft.loops.run import Run, build_actor, end_step, resume_from, row_of
+from lightrft.loops.state import RunState
 from lightrft.models.forward import hidden_states_and_head
 from lightrft.models.tokenizer import encode_text
 from lightrft.strategy.protocols.rollout import Completion, Tokenizer
@@ -22,7 +28,63 @@ from lightrft.strategy.protocols.training import StepResult, Trainable, Training
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["answers_as_completions", "imitate"]
+    from lightrft.strategy.protocols.checkpointing import Json
+
+__all__ = ["answers_as_completions", "imitate", "warm_up"]
+
+_CHECK_EVERY = 5
+_CHECK_SIZE = 256
+"""How often and on how many training problems the warm-up looks whether it may end: the share is known to about 3
+points, for the cost of one or two steps."""
+
+
+def warm_up(run: Run, *, resume: bool) -> None:
+    """Train the model on answers; the checkpoint of the last step is left to the start of reinforcement.
+
+    Args:
+        run: the run; `warmup_until` ends the phase early.
+        resume: whether the newest checkpoint is one of this phase.
+
+    Raises:
+        InterruptedRunError: the run was asked to stop; its checkpoint is written.
+    """
+    settings, parts = run.config.run, run.parts
+    actor = build_actor(run, learning_rate=settings.warmup_learning_rate, max_steps=settings.warmup_steps)
+    examples = answers_as_completions(parts.train[: settings.warmup_size or None], parts.tokenizer)
+    sampler = ResumableSampler(size=len(examples), seed=run.config.strategy.seed)
+    state = resume_from(run, {"actor": actor}, sampler) if resume else RunState()
+    while state.step < settings.warmup_steps:
+        started = time.perf_counter()
+        batch = [examples[index] for index in sampler.take(settings.warmup_batch_size)]
+        result, loss = imitate(run.strategy, actor, batch, micro_batch_size=settings.warmup_batch_size)
+        state = attrs.evolve(state, step=state.step + 1, sampler=sampler.state_dict())
+        values: dict[str, Json] = {
+            "loss": loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            "skipped": result.skipped_reason,
+        }
+        run.tracker.log("metrics", row_of(state, "warmup", values))
+        run.tracker.log("timings", row_of(state, "warmup", {"seconds": time.perf_counter() - started}))
+        if settings.warmup_until and state.step % _CHECK_EVERY == 0 and _is_warm(run, actor):
+            return
+        if state.step < settings.warmup_steps:
+            end_step(run, {"actor": actor}, state)
+
+
+def _is_warm(run: Run, actor: Trainable) -> bool:
+    """Return whether greedy completions of the last training problems solve the share that ends the warm-up."""
+    parts, config = run.parts, run.config.engine
+    with run.strategy.setup_inference_engine(config, actor=actor.model, tokenizer=parts.tokenizer) as engine:
+        result = evaluate(
+            run.strategy,
+            engine,
+            parts.train[-_CHECK_SIZE:],
+            tokenizer=parts.tokenizer,
+            reward=parts.reward,
+            config=config,
+        )
+    return result.accuracy >= run.config.run.warmup_until
 
 
 def answers_as_completions(problems: Sequence[Problem], tokenizer: Tokenizer) -> list[Completion]:

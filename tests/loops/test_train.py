@@ -14,8 +14,9 @@ from runs import in_dir, parts_of, tiny_config
 from lightrft.config.root import Config
 from lightrft.errors import CheckpointError, ConfigError, InterruptedRunError
 from lightrft.loops.interrupt import stop_on_signals
+from lightrft.loops.run import checkpoint_dir
 from lightrft.loops.state import RunState, state_from_json, state_to_json
-from lightrft.loops.train import Summary, checkpoint_dir, train
+from lightrft.loops.train import Summary, train
 from lightrft.strategy import get_strategy
 from lightrft.tracking.files import build_file_tracker, channel_path, read_rows
 

@@ -1,0 +1,238 @@
+"""One step of reinforcement: collect, learn, sync, and what is logged about it.
+
+Shapes: B completions of a rollout.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import attrs
+
+from lightrft.algorithms.advantages import ADVANTAGES
+from lightrft.algorithms.filtering import informative_groups
+from lightrft.data.sampler import ResumableSampler
+from lightrft.loops.collect import Scored, collect, sampling_params, shape_rewards
+from lightrft.loops.evaluate import evaluate
+from lightrft.loops.learn import Learned, learn
+from lightrft.loops.run import Run, build_actor, resume_from, row_of
+from lightrft.loops.state import RunState
+from lightrft.strategy.protocols.training import Trainable
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from lightrft.strategy.protocols.checkpointing import Json
+    from lightrft.strategy.protocols.rollout import EngineHandle
+
+__all__ = ["Learner", "evaluate_and_log", "reinforce", "start_learner", "state_of"]
+
+_SAMPLES_SHOWN = 16
+"""Held-out completions that an evaluation logs as text: enough to see how the model answers, small on disk."""
+
+_SEED_STRIDE = 1_000_003
+"""A prime that keeps the sampling seeds of one run's steps apart from those of runs with neighbouring seeds."""
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Learner:
+    """The handles of reinforcement.
+
+    Attributes:
+        actor: the policy with its optimizer and schedule.
+        reference: the policy before reinforcement, frozen; None without `kl_coef`.
+        engine: makes the completions.
+        sampler: draws the problems.
+    """
+
+    actor: Trainable
+    reference: nn.Module | None
+    engine: EngineHandle
+    sampler: ResumableSampler
+
+
+def state_of(learner: Learner) -> dict[str, nn.Module | Trainable]:
+    """Return what a checkpoint holds, by name.
+
+    Args:
+        learner: the handles of reinforcement.
+    """
+    return _named(learner.actor, learner.reference)
+
+
+def start_learner(run: Run, *, resume: bool) -> tuple[Learner, RunState]:
+    """Return the handles of reinforcement and where it is, from the newest checkpoint or from the model as it is.
+
+    Args:
+        run: the run.
+        resume: whether the newest checkpoint is one of this phase.
+    """
+    config, strategy, parts = run.config, run.strategy, run.parts
+    updates = config.algorithm.prompts_per_step * config.algorithm.num_samples // config.strategy.train_batch_size
+    actor = build_actor(
+        run,
+        learning_rate=config.strategy.actor_learning_rate,
+        max_steps=config.run.num_steps * config.algorithm.num_epochs * updates,
+    )
+    reference = None
+    if config.algorithm.kl_coef:
+        reference = strategy.prepare_reward_model(copy.deepcopy(strategy.unwrap_model(actor.model)))
+    sampler = ResumableSampler(size=len(parts.train), seed=config.strategy.seed)
+    state = RunState(step=config.run.warmup_steps)
+    if resume:
+        state = resume_from(run, _named(actor, reference), sampler)
+    engine = strategy.setup_inference_engine(config.engine, actor=actor.model, tokenizer=parts.tokenizer)
+    return Learner(actor=actor, reference=reference, engine=engine, sampler=sampler), state
+
+
+def reinforce(run: Run, learner: Learner, state: RunState) -> RunState:
+    """Take one step: collect, learn, sync, log, and evaluate when it is due; return where the run is then.
+
+    Args:
+        run: the run.
+        learner: changed in place.
+        state: where the run is.
+    """
+    config, strategy = run.config, run.strategy
+    started = time.perf_counter()
+    strategy.wakeup_inference_engine(learner.engine)
+    scored = _collect(run, learner, state)
+    collected = time.perf_counter()
+    strategy.maybe_sleep_inference_engine(learner.engine)
+    rewards_B, statistics = shape_rewards(
+        scored, state.rewards, algorithm=config.algorithm, max_new_tokens=config.engine.max_new_tokens
+    )
+    learned = _learn(run, learner, scored, rewards_B)
+    finished = time.perf_counter()
+    strategy.wakeup_inference_engine(learner.engine)
+    if learned is not None:
+        strategy.update_engine_weights(learner.engine, learner.actor.model)
+    synced = time.perf_counter()
+    state = attrs.evolve(state, step=state.step + 1, sampler=learner.sampler.state_dict(), rewards=statistics)
+    num_tokens = sum(len(completion.token_ids) for completion in scored.completions)
+    run.tracker.log(
+        "metrics", row_of(state, "step", {**_rollout_values(scored, num_tokens), **_learned_values(learned)})
+    )
+    timings: dict[str, Json] = {
+        "collect_seconds": collected - started,
+        "learn_seconds": finished - collected,
+        "sync_seconds": synced - finished,
+        "seconds": synced - started,
+        "tokens_per_second": num_tokens / (synced - started),
+    }
+    run.tracker.log("timings", row_of(state, "step", timings))
+    is_last = state.step == config.run.warmup_steps + config.run.num_steps
+    done = state.step - config.run.warmup_steps
+    is_due = config.run.evaluate_every and done % config.run.evaluate_every == 0
+    return evaluate_and_log(run, learner, state) if is_last or is_due else state
+
+
+def evaluate_and_log(run: Run, learner: Learner, state: RunState) -> RunState:
+    """Return the state with the held-out accuracy of the engine's weights, which is logged with some completions.
+
+    Args:
+        run: the run.
+        learner: its engine is woken.
+        state: where the run is.
+    """
+    run.strategy.wakeup_inference_engine(learner.engine)
+    result = evaluate(
+        run.strategy,
+        learner.engine,
+        run.parts.heldout,
+        tokenizer=run.parts.tokenizer,
+        reward=run.parts.reward,
+        config=run.config.engine,
+    )
+    values: dict[str, Json] = {"accuracy": result.accuracy, "reward": result.reward}
+    run.tracker.log("metrics", row_of(state, "evaluation", values))
+    shown = zip(result.scored.problems, result.scored.texts, result.scored.rewards_B.tolist(), strict=True)
+    for _, (problem, text, reward) in zip(range(_SAMPLES_SHOWN), shown, strict=False):
+        sample: dict[str, Json] = {
+            "prompt": problem.question,
+            "completion": text,
+            "answer": problem.answer,
+            "reward": reward,
+        }
+        run.tracker.log("samples", row_of(state, "evaluation", sample))
+    return attrs.evolve(state, accuracy=result.accuracy)
+
+
+def _named(actor: Trainable, reference: nn.Module | None) -> dict[str, nn.Module | Trainable]:
+    return {"actor": actor} if reference is None else {"actor": actor, "reference": reference}
+
+
+def _collect(run: Run, learner: Learner, state: RunState) -> Scored:
+    config, parts = run.config, run.parts
+    indices = learner.sampler.take(config.algorithm.prompts_per_step)
+    sampling = sampling_params(
+        config.engine,
+        parts.tokenizer,
+        num_samples=config.algorithm.num_samples,
+        seed=config.strategy.seed * _SEED_STRIDE + state.step,
+    )
+    return collect(
+        run.strategy,
+        learner.engine,
+        [parts.train[index] for index in indices],
+        tokenizer=parts.tokenizer,
+        reward=parts.reward,
+        sampling=sampling,
+    )
+
+
+def _learn(run: Run, learner: Learner, scored: Scored, rewards_B: torch.Tensor) -> Learned | None:
+    """Learn from the rollout; None when dynamic sampling leaves nothing to learn from."""
+    config = run.config
+    algorithm = config.algorithm
+    advantages_B = ADVANTAGES[algorithm.advantage](rewards_B, group_size=algorithm.num_samples)
+    keep = list(range(len(scored.completions)))
+    if algorithm.dynamic_sampling:
+        informative_B = informative_groups(rewards_B, group_size=algorithm.num_samples)
+        keep = [index for index in keep if informative_B[index]]
+    if not keep:
+        return None
+    return learn(
+        run.strategy,
+        learner.actor,
+        [scored.completions[index] for index in keep],
+        advantages_B[keep],
+        algorithm=algorithm,
+        temperature=config.engine.temperature,
+        max_new_tokens=config.engine.max_new_tokens,
+        train_batch_size=config.strategy.train_batch_size,
+        micro_train_batch_size=config.strategy.micro_train_batch_size,
+        reference=learner.reference,
+    )
+
+
+def _rollout_values(scored: Scored, num_tokens: int) -> dict[str, Json]:
+    completions = scored.completions
+    return {
+        "reward": scored.rewards_B.mean().item(),
+        "reward_std": scored.rewards_B.std(correction=0).item(),
+        "completion_tokens": num_tokens,
+        "completion_length": num_tokens / len(completions),
+        "truncated": sum(completion.finish_reason == "length" for completion in completions) / len(completions),
+    }
+
+
+def _learned_values(learned: Learned | None) -> dict[str, Json]:
+    if learned is None:
+        return {"skipped": "every group of the rollout has equal rewards"}
+    last = learned.steps[-1]
+    reasons: Sequence[str] = [step.skipped_reason for step in learned.steps if step.skipped_reason]
+    return {
+        "loss": learned.loss,
+        "kl": learned.kl,
+        "entropy": learned.entropy,
+        "clipped": learned.clipped,
+        "logprob_difference": learned.logprob_difference,
+        "grad_norm": last.grad_norm,
+        "learning_rate": last.learning_rate,
+        "skipped": reasons[0] if reasons else None,
+    }
