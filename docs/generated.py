@@ -1,18 +1,35 @@
-"""What the documentation takes from elsewhere while it is built: laws from docstrings, tables from benchmark runs."""
+"""What the documentation takes from elsewhere while it is built: modules, laws, tables of benchmarks."""
 
 from __future__ import annotations
 
 import inspect
+import pkgutil
 import re
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
-__all__ = ["laws_of", "on_page_markdown"]
+__all__ = ["laws_of", "modules_of", "on_page_markdown"]
 
 LAWS = "<!-- laws -->"
 RESULTS = "<!-- results -->"
+MODULES = re.compile(r"<!-- modules (\S+) -->")
+APART = "lightrft.strategy.protocols"
+"""A package with a page of its own, inside of another one's."""
+
 PROTOCOLS = ("strategy", "collectives", "training", "checkpointing", "rollout")
+
+
+def modules_of(name: str) -> list[str]:
+    """Return a module and all public modules inside of it, by full names.
+
+    Args:
+        name: its full name.
+    """
+    module = import_module(name)
+    inner = pkgutil.walk_packages(getattr(module, "__path__", []), f"{name}.")
+    public = [found.name for found in inner if not any(part.startswith("_") for part in found.name.split("."))]
+    return [name, *sorted(found for found in public if name == APART or not found.startswith(APART))]
 
 
 def laws_of(module: str) -> Iterator[tuple[str, str]]:
@@ -46,12 +63,16 @@ def _results() -> str:
     return "\n\n".join(re.sub(r"^#", "##", file.read_text(encoding="utf-8"), flags=re.MULTILINE) for file in files)
 
 
+def _references(found: re.Match[str]) -> str:
+    return "\n\n".join(f"::: {name}" for name in modules_of(found[1]))
+
+
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Return the page with its generated parts in place; mkdocs calls it for each page.
 
     Args:
         markdown: the page as it was written.
     """
-    if LAWS in markdown:
-        return markdown.replace(LAWS, _laws())
-    return markdown.replace(RESULTS, _results()) if RESULTS in markdown else markdown
+    page = MODULES.sub(_references, markdown)
+    page = page.replace(LAWS, _laws()) if LAWS in page else page
+    return page.replace(RESULTS, _results()) if RESULTS in page else page

@@ -33,13 +33,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     tolerant_output()
     with one_line_warnings():
         try:
-            command, args, words = parse(given)
-            return command.run(args, words)
-        except SystemExit as end:  # argparse's, after --help and --version
-            return end.code if isinstance(end.code, int) else EXIT_OK
-        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (what nobody foresaw is one line too)
+            return _run(given)
+        except BaseException as error:  # noqa: BLE001 (what nobody foresaw is one line too, a user's sys.exit among it)
             if "--debug" in given:
                 traceback.print_exception(error)
             for line in explain(error):
                 complain(line)
             return exit_code(error)
+
+
+def _run(argv: Sequence[str]) -> int:
+    try:
+        command, args, words = parse(argv)
+    except SystemExit as end:  # argparse's, after --help and --version
+        return end.code if isinstance(end.code, int) else EXIT_OK
+    return command.run(args, words)

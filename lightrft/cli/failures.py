@@ -55,6 +55,8 @@ def explain(error: BaseException) -> list[str]:
         return [one_line(str(error))]
     lines = _messages(error)
     notes: list[str] = getattr(error, "__notes__", [])
+    if notes and not lines[-1].endswith("."):
+        lines[-1] += "."
     lines[-1] = " ".join((lines[-1], *notes))
     return [f"error: {one_line(line)}" for line in lines]
 

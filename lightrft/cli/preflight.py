@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterable
 
 import torch
-from torch import nn
 
 from lightrft.config import Config
 from lightrft.errors import DataError
 from lightrft.loops.parts import Parts
+from lightrft.models.context import context_size
 from lightrft.models.tokenizer import encode_text
 
 __all__ = ["check_problems", "set_threads"]
@@ -41,7 +41,7 @@ def check_problems(parts: Parts, config: Config) -> None:
         DataError: a prompt, with the tokens that are to follow it, is longer than the model's context, or holds a
             character that the tokenizer does not know.
     """
-    context = _context_size(parts.model)
+    context = context_size(parts.model)
     longest_answer = config.engine.max_new_tokens
     for question in _questions(parts):
         num_tokens = len(encode_text(parts.tokenizer, question, where=question))
@@ -52,14 +52,6 @@ def check_problems(parts: Parts, config: Config) -> None:
                 f"more than the model's context of {context}; shorten it, lower engine.max_new_tokens, or build a "
                 f"model with a larger model.max_length."
             )
-
-
-def _context_size(model: nn.Module) -> int | None:
-    """Return the tokens that the model can take; None for models without learnt or rotary positions."""
-    config = getattr(model, "config", None)
-    of_text = getattr(config, "get_text_config", None)
-    size: int | None = getattr(of_text() if of_text else config, "max_position_embeddings", None)
-    return size
 
 
 def _questions(parts: Parts) -> Iterable[str]:

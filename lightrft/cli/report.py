@@ -25,8 +25,8 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
     if not run_dir.is_dir():
         raise ConfigError(f"run_dir={words[0]!r} is not a directory; name the directory of a run.")
     output = run_dir / "report.html" if args.output is None else Path(args.output)
-    if not output.parent.is_dir() or output.is_dir():
-        raise ConfigError(f"output={str(output)!r} cannot be written; name a file in a directory that exists.")
+    if not output.parent.is_dir() or (output.exists() and not output.is_file()):
+        raise ConfigError(f"output={str(output)!r} cannot be written; name a file, in a directory that exists.")
     from lightrft.tracking.report import write_report
 
     say(str(write_report(run_dir, output)))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import shlex
+import json
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,17 +15,19 @@ import attrs
 from lightrft.cli.command import Command
 from lightrft.cli.failures import EXIT_OK
 from lightrft.cli.run_dir import bind_config, open_run_dir
-from lightrft.cli.terminal import say
-from lightrft.config import Config, load_config, to_toml
-from lightrft.errors import ConfigError, InterruptedRunError
+from lightrft.cli.terminal import command_line, complain, mute, say
+from lightrft.config import Config, apply_overrides, load_config, to_toml
+from lightrft.config.redaction import HIDDEN, redact
+from lightrft.errors import CheckpointError, ConfigError, InterruptedRunError
 
 if TYPE_CHECKING:
     from lightrft.loops.interrupt import ShouldStop
     from lightrft.loops.parts import Parts
     from lightrft.loops.train import Summary
+    from lightrft.strategy.protocols.checkpointing import Json
     from lightrft.strategy.protocols.collectives import World
     from lightrft.strategy.record import Strategy
-    from lightrft.tracking.tracker import Tracker
+    from lightrft.tracking.tracker import Channel, Tracker
 
 __all__ = ["COMMAND"]
 
@@ -38,13 +40,13 @@ class _Options:
         path: the configuration file.
         overrides: settings that replace its own.
         is_quiet: whether progress is left out.
-        again: the command that does the same once more.
+        words: what the command was given, but for options that only change what it prints.
     """
 
     path: str | None
     overrides: tuple[str, ...]
     is_quiet: bool
-    again: str
+    words: tuple[str, ...]
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +62,7 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
         raise ConfigError("no configuration is given; name a TOML file: lightrft train run.toml.")
     config = load_config(options.path, options.overrides)
     if args.print_config:
-        sys.stdout.write(to_toml(config))
+        say(to_toml(config).removesuffix("\n"))
         return EXIT_OK
     from lightrft.loops.interrupt import stop_on_signals
 
@@ -72,7 +74,7 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
 
 def _options(args: argparse.Namespace, words: Sequence[str]) -> _Options:
     given = {"strategy.strategy": args.strategy, "engine.type": args.engine}
-    flags = [f"{name}='{key}'" for name, key in given.items() if key is not None]
+    flags = [f"{name}={json.dumps(key, ensure_ascii=False)}" for name, key in given.items() if key is not None]
     paths = [word for word in words if "=" not in word]
     if len(paths) > 1:
         raise ConfigError(f"config={paths[1]!r} is a second configuration file; name one, and settings as key=value.")
@@ -80,8 +82,16 @@ def _options(args: argparse.Namespace, words: Sequence[str]) -> _Options:
         path=paths[0] if paths else None,
         overrides=(*(word for word in words if "=" in word), *flags),
         is_quiet=args.quiet,
-        again=shlex.join(["lightrft", "train", *words, *_again(args)]),
+        words=(*words, *_again(args)),
     )
+
+
+def _without_secret(word: str) -> str:
+    name, equals, _ = word.partition("=")
+    if not equals:
+        return word
+    setting = apply_overrides({}, [word])
+    return word if redact(setting) == setting else f"{name}={HIDDEN}"
 
 
 def _again(args: argparse.Namespace) -> list[str]:
@@ -128,7 +138,36 @@ def _build_tracker(config: Config, *, is_quiet: bool) -> Tracker:
     progress = build_progress_tracker(
         warmup_steps=config.run.warmup_steps, num_steps=config.run.num_steps, file=sys.stdout
     )
-    return combine(files, progress)
+    return combine(files, _build_dispensable(progress))
+
+
+def _build_dispensable(shown: Tracker) -> Tracker:
+    """Return a tracker that no run ends for: where its output cannot be written any more, it says so and is silent."""
+    from lightrft.tracking.tracker import Tracker
+
+    @contextmanager
+    def unless_unwritable() -> Generator[None]:
+        try:
+            yield
+        except OSError as error:
+            mute()
+            complain(
+                f"warning: standard output cannot be written ({error.strerror}); the run goes on without progress."
+            )
+
+    def resume(step: int) -> None:
+        with unless_unwritable():
+            shown.resume(step)
+
+    def log(channel: Channel, row: Mapping[str, Json]) -> None:
+        with unless_unwritable():
+            shown.log(channel, row)
+
+    def close() -> None:
+        with unless_unwritable():
+            shown.close()
+
+    return Tracker(resume=resume, log=log, close=close)
 
 
 def _announce(config: Config, parts: Parts, world: World, done: int | None) -> None:
@@ -157,11 +196,22 @@ def _reassuring(strategy: Strategy, directory: Path) -> Generator[None]:
         yield
     except InterruptedRunError:
         raise
-    except (Exception, KeyboardInterrupt) as error:
-        done = strategy.latest_ckpt(directory)
-        if done is not None:
-            error.add_note(f"The last checkpoint, of step {done} in {directory}, is intact.")
+    except BaseException as error:
+        _add_what_is_left(error, strategy, directory)
         raise
+
+
+def _add_what_is_left(error: BaseException, strategy: Strategy, directory: Path) -> None:
+    from lightrft.backends.checkpointing.layout import checkpoint_path
+
+    done = strategy.latest_ckpt(directory)
+    if done is None:
+        return
+    newest = checkpoint_path(directory, done)
+    if isinstance(error, CheckpointError) and str(newest) in str(error):
+        error.add_note(f"To go on from the one before it, remove {newest}.")
+    else:
+        error.add_note(f"The last checkpoint, of step {done} in {directory}, is intact.")
 
 
 def _conclude(summary: Summary, directory: Path, options: _Options) -> None:
@@ -174,8 +224,8 @@ def _conclude(summary: Summary, directory: Path, options: _Options) -> None:
         f"accuracy  {before:.1%} before reinforcement, {after:.1%} after ({gain:+.1f} points, held-out problems)",
         f"report    {report}",
         f"model     {directory / 'model'}",
-        f"resume    {options.again}",
-        f"evaluate  {shlex.join(['lightrft', 'evaluate', str(directory)])}",
+        f"resume    {command_line('train', *map(_without_secret, options.words))}",
+        f"evaluate  {command_line('evaluate', str(directory))}",
     )
 
 

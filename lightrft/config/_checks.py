@@ -18,6 +18,7 @@ __all__ = [
     "at_least",
     "between",
     "is_bool",
+    "is_name",
     "is_text",
     "named",
     "one_of",
@@ -31,12 +32,18 @@ Check: TypeAlias = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 """What attrs calls with the record under construction, the field and its value."""
 
 
+_LARGEST = 2**63 - 1
+"""The largest integer that TOML and torch have."""
+
+
 def _number(field: attrs.Attribute[Any], value: object, *, whole: bool) -> float:
     wanted = "an integer" if whole else "a number"
     if isinstance(value, bool) or not isinstance(value, (int, float)) or (whole and isinstance(value, float)):
         raise ConfigError(f"{field.name}={shown(value)} is not {wanted}; write {wanted}.")
     if not whole and not _is_finite(value):
         raise ConfigError(f"{field.name}={shown(value)} is not finite; write {wanted}.")
+    if whole and value > _LARGEST:
+        raise ConfigError(f"{field.name}={shown(value)} is too large; use {_LARGEST} or less.")
     return value
 
 
@@ -87,6 +94,13 @@ def is_text(record: object, field: attrs.Attribute[Any], value: object) -> None:
             f"{field.name}={shown(value)} is not a string; put it in double quotes, and on a command line all of it in "
             "single ones."
         )
+
+
+def is_name(record: object, field: attrs.Attribute[Any], value: object) -> None:
+    """Check that the value is a string that is not empty, as a variable of the shell that is not set would leave it."""
+    is_text(record, field, value)
+    if not value:
+        raise ConfigError(f"{field.name}='' is empty; write a name, or leave the setting out.")
 
 
 def are_texts(record: object, field: attrs.Attribute[Any], value: object) -> None:

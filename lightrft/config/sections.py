@@ -7,7 +7,17 @@ from collections.abc import Mapping
 import attrs
 
 from lightrft.config._canonical import plain, real, real_or_none, texts
-from lightrft.config._checks import are_texts, at_least, between, is_bool, is_text, one_of, optional, plain_table
+from lightrft.config._checks import (
+    are_texts,
+    at_least,
+    between,
+    is_bool,
+    is_name,
+    is_text,
+    one_of,
+    optional,
+    plain_table,
+)
 from lightrft.config.redaction import redacted
 from lightrft.errors import ConfigError
 
@@ -54,7 +64,7 @@ class EngineConfig:
         script: completions of the engine "scripted", given out in turn.
     """
 
-    type: str = attrs.field(default="hf", validator=is_text)
+    type: str = attrs.field(default="hf", validator=is_name)
     temperature: float = attrs.field(default=1.0, converter=real, validator=at_least(0))
     top_p: float = attrs.field(default=1.0, converter=real, validator=between(0, 1, above_low=True))
     top_k: int = attrs.field(default=0, validator=at_least(0, whole=True))
@@ -131,16 +141,16 @@ class DataConfig:
         seed: seed of the problems and of the split.
     """
 
-    task: str | None = attrs.field(default=None, validator=optional(is_text))
+    task: str | None = attrs.field(default=None, validator=optional(is_name))
     task_options: Mapping[str, object] = attrs.field(
         factory=dict[str, object], converter=plain, validator=plain_table, repr=redacted
     )
-    path: str | None = attrs.field(default=None, validator=optional(is_text))
-    heldout_path: str | None = attrs.field(default=None, validator=optional(is_text))
+    path: str | None = attrs.field(default=None, validator=optional(is_name))
+    heldout_path: str | None = attrs.field(default=None, validator=optional(is_name))
     train_size: int = attrs.field(default=0, validator=at_least(0, whole=True))
     heldout_size: int = attrs.field(default=256, validator=at_least(1, whole=True))
     template: str = attrs.field(default="{question}", validator=is_text)
-    reward: str | None = attrs.field(default=None, validator=optional(is_text))
+    reward: str | None = attrs.field(default=None, validator=optional(is_name))
     seed: int = attrs.field(default=0, validator=at_least(0, whole=True))
 
     def __attrs_post_init__(self) -> None:
@@ -171,8 +181,8 @@ class ModelConfig:
         lowercase: whether that tokenizer reads every text in lower case.
     """
 
-    path: str | None = attrs.field(default=None, validator=optional(is_text))
-    architecture: str = attrs.field(default="qwen3", validator=is_text)
+    path: str | None = attrs.field(default=None, validator=optional(is_name))
+    architecture: str = attrs.field(default="qwen3", validator=is_name)
     hidden_size: int = attrs.field(default=128, validator=at_least(1, whole=True))
     intermediate_size: int = attrs.field(default=0, validator=at_least(0, whole=True))
     num_layers: int = attrs.field(default=2, validator=at_least(1, whole=True))
@@ -226,10 +236,11 @@ class RunConfig:
         warmup_learning_rate: peak learning rate of the warm-up.
         warmup_until: the warm-up ends early once greedy completions solve this share of training problems; 0 is off.
             Steps that it did not need count as done.
-        threads: threads of one process for CPU tensor work; 0 leaves torch's own choice.
+        threads: threads of one process for CPU tensor work, at most 1024 (torch crashes where the machine refuses
+            more); 0 leaves torch's own choice.
     """
 
-    dir: str = attrs.field(default="runs/default", validator=is_text)
+    dir: str = attrs.field(default="runs/default", validator=is_name)
     num_steps: int = attrs.field(default=100, validator=at_least(0, whole=True))
     evaluate_every: int = attrs.field(default=0, validator=at_least(0, whole=True))
     warmup_steps: int = attrs.field(default=0, validator=at_least(0, whole=True))
@@ -237,4 +248,4 @@ class RunConfig:
     warmup_size: int = attrs.field(default=0, validator=at_least(0, whole=True))
     warmup_learning_rate: float = attrs.field(default=1e-3, converter=real, validator=at_least(0))
     warmup_until: float = attrs.field(default=0.0, converter=real, validator=between(0, 1))
-    threads: int = attrs.field(default=0, validator=at_least(0, whole=True))
+    threads: int = attrs.field(default=0, validator=between(0, 1024, whole=True))

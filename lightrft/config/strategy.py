@@ -10,7 +10,7 @@ import attrs
 
 from lightrft.config._attributes import attributes
 from lightrft.config._canonical import copied, pair, plain, real
-from lightrft.config._checks import at_least, between, is_bool, is_text, named, one_of, optional, two_shares
+from lightrft.config._checks import at_least, between, is_bool, is_name, is_text, named, one_of, optional, two_shares
 from lightrft.config._names import NOT_A_SETTING, one_edit, setting_fields
 from lightrft.config.redaction import redacted, shown
 from lightrft.errors import ConfigError
@@ -51,7 +51,7 @@ class StrategyConfig:
         args: the object that `from_args` was given; None otherwise. Not compared and not printed.
     """
 
-    strategy: str | None = attrs.field(default=None, validator=optional(is_text))
+    strategy: str | None = attrs.field(default=None, validator=optional(is_name))
     seed: int = attrs.field(default=42, validator=at_least(0, whole=True))
     max_norm: float = attrs.field(default=1.0, converter=real, validator=at_least(0))
     micro_train_batch_size: int = attrs.field(default=1, validator=at_least(1, whole=True))

@@ -173,7 +173,7 @@ def _collect(run: Run, learner: Learner, state: RunState) -> Scored:
         config.engine,
         parts.tokenizer,
         num_samples=config.algorithm.num_samples,
-        seed=config.strategy.seed * _SEED_STRIDE + state.step,
+        seed=(config.strategy.seed * _SEED_STRIDE + state.step) % 2**63,  # the seeds that there are
     )
     return collect(
         run.strategy,

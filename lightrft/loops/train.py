@@ -8,6 +8,7 @@ import attrs
 
 from lightrft.config.root import Config
 from lightrft.errors import ConfigError
+from lightrft.loops.checks import check_settings
 from lightrft.loops.interrupt import ShouldStop, never_stop
 from lightrft.loops.parts import Parts
 from lightrft.loops.reinforce import Learner, evaluate_and_log, reinforce, start_learner, state_of
@@ -59,6 +60,7 @@ def train(
         UnsupportedError: a model whose logits are not those that the losses are formed from.
         InterruptedRunError: the run was asked to stop; its checkpoint is written.
     """
+    check_settings(config)
     _check(config, parts)
     check_head(strategy.unwrap_model(parts.model))
     run = Run(strategy=strategy, config=config, parts=parts, tracker=tracker or no_tracker(), should_stop=should_stop)

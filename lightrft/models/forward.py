@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightrft.errors import UnsupportedError
+from lightrft.models.context import context_size
 from lightrft.models.onednn import linear_by_onednn
 
 __all__ = ["check_head", "hidden_states_and_head"]
@@ -76,7 +77,8 @@ def check_head(model: nn.Module) -> None:
     if not any(p.name == "logits_to_keep" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         raise _refusal(model, "takes no logits_to_keep, so that every forward makes all logits")
     weight_VH = cast("Tensor", _head(model).weight)
-    ids_BT = (torch.arange(_PROBE_LENGTH, device=weight_VH.device) % len(weight_VH))[None]
+    length = min(_PROBE_LENGTH, context_size(model) or _PROBE_LENGTH)
+    ids_BT = (torch.arange(length, device=weight_VH.device) % len(weight_VH))[None]
     with torch.no_grad(), _evaluating(model):
         hidden_BTH = _hidden_states(model, ids_BT)
         _check_linear(model, hidden_BTH)

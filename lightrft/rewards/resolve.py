@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import sys
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ def resolve_reward(name: str | None, problem_set: Verified) -> Reward:
         problem_set: the problems that will be scored.
 
     Raises:
-        ConfigError: nothing has that name, its module cannot be imported, or it cannot be called.
+        ConfigError: nothing has that name, its module cannot be imported, or it cannot be called with three strings.
 
     Example:
         >>> from lightrft.data.prompts import ProblemSet
@@ -101,7 +102,7 @@ def score(reward: Reward, prompts: Sequence[str], completions: Sequence[str], an
 def _score_one(reward: Reward, prompt: str, completion: str, answer: str) -> float:
     try:
         result = cast("object", reward(prompt, completion, answer))
-    except Exception as error:  # a user's function can raise anything
+    except (Exception, SystemExit) as error:  # a user's function can raise anything, and must not end the run as done
         said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise RewardError(f"{_about(reward, prompt)} raised {said}; mend the function.") from error
     value = _as_float(result)
@@ -138,8 +139,8 @@ def _load(name: str) -> Reward:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # a user's module can raise anything
-        said = f"{type(error).__name__}: {error}"
+    except (Exception, SystemExit) as error:  # a user's module can raise anything, and a script ends itself
+        said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise ConfigError(
             f"reward={name!r} cannot be loaded, since importing {module_name!r} raised {said}; "
             "give a module that can be imported from here."
@@ -150,4 +151,19 @@ def _load(name: str) -> Reward:
         raise ConfigError(f"reward={name!r} names no function of {module_name!r}; {nearest(function_name, public)}.")
     if not callable(found):
         raise ConfigError(f"reward={name!r} is of type {type(found).__name__}, not a function; name a function.")
+    _check_signature(name, cast("Reward", found))
     return cast("Reward", found)
+
+
+def _check_signature(name: str, found: Reward) -> None:
+    """Refuse, before the warm-up rather than after it, what cannot take the three strings or gives no number."""
+    if inspect.iscoroutinefunction(found) or inspect.isgeneratorfunction(found):
+        raise ConfigError(f"reward={name!r} is a coroutine or generator; name a plain function that returns a number.")
+    try:
+        inspect.signature(found).bind("prompt", "completion", "answer")
+    except TypeError as error:
+        raise ConfigError(
+            f"reward={name!r} does not take (prompt, completion, answer) ({error}); give it these three parameters."
+        ) from error
+    except ValueError:  # a function in C without a signature: a call will tell
+        return

@@ -10,6 +10,8 @@ from typing import cast
 
 import attrs
 
+from lightrft.config.redaction import HIDDEN, hides
+
 __all__ = ["Call", "call_of", "describe"]
 
 _PLAIN = (bool, int, float, str, PurePath)
@@ -51,7 +53,7 @@ def call_of(name: str, function: Callable[..., object], args: Sequence[object], 
 
 
 def describe(value: object) -> object:
-    """Return the value itself if it is plain, else words that hold no reference to it.
+    """Return the value itself if it is plain, else words that hold no reference to it and show no secret.
 
     Example:
         >>> describe((1, "a", object()))
@@ -61,7 +63,7 @@ def describe(value: object) -> object:
         return value
     if isinstance(value, Mapping):
         branches = cast("Mapping[object, object]", value)
-        return {str(key): describe(item) for key, item in branches.items()}
+        return {str(key): HIDDEN if hides(str(key), item) else describe(item) for key, item in branches.items()}
     if isinstance(value, (tuple, list, AbstractSet)):
         return tuple(describe(item) for item in cast("Sequence[object]", value))
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)

@@ -28,6 +28,10 @@ def _texts() -> SearchStrategy[str]:
     return st.text(st.characters(exclude_categories=["Cs"]), max_size=8)  # any Unicode, which lone surrogates are not
 
 
+def _names() -> SearchStrategy[str]:
+    return _texts().filter(bool)
+
+
 def _counts(low: int = 0) -> SearchStrategy[int]:
     return st.integers(low, 10_000)
 
@@ -56,7 +60,7 @@ def strategy_configs(draw: DrawFn) -> StrategyConfig:
     micro_train_batch_size = draw(st.integers(1, 64))
     shares = st.floats(0, 1, exclude_max=True)
     return StrategyConfig(
-        strategy=draw(st.none() | _texts()),
+        strategy=draw(st.none() | _names()),
         seed=draw(_counts()),
         max_norm=draw(_amounts()),
         micro_train_batch_size=micro_train_batch_size,
@@ -81,7 +85,7 @@ def strategy_configs(draw: DrawFn) -> StrategyConfig:
 def _engines() -> SearchStrategy[EngineConfig]:
     return st.builds(
         EngineConfig,
-        type=_texts(),
+        type=_names(),
         temperature=_amounts(),
         top_p=st.floats(0, 1, exclude_min=True),
         top_k=_counts(),
@@ -120,16 +124,16 @@ def _algorithms() -> SearchStrategy[AlgorithmConfig]:
 
 @st.composite
 def _data(draw: DrawFn) -> DataConfig:
-    task, path = draw(st.tuples(st.none(), st.none() | _texts()) | st.tuples(_texts(), st.none()))
+    task, path = draw(st.tuples(st.none(), st.none() | _names()) | st.tuples(_names(), st.none()))
     return DataConfig(
         task=task,
         task_options=draw(plain_tables()),
         path=path,
-        heldout_path=draw(st.none() | _texts()),
+        heldout_path=draw(st.none() | _names()),
         train_size=draw(_counts()),
         heldout_size=draw(_counts(1)),
         template=f"{draw(_texts())}{{question}}{draw(_texts())}",
-        reward=draw(st.none() | _texts()),
+        reward=draw(st.none() | _names()),
         seed=draw(_counts()),
     )
 
@@ -139,8 +143,8 @@ def _models(draw: DrawFn) -> ModelConfig:
     groups, per_group = draw(st.integers(1, 8)), draw(st.integers(1, 8))
     num_heads = groups * per_group
     return ModelConfig(
-        path=draw(st.none() | _texts()),
-        architecture=draw(_texts()),
+        path=draw(st.none() | _names()),
+        architecture=draw(_names()),
         hidden_size=2 * num_heads * draw(st.integers(1, 64)),
         intermediate_size=draw(_counts()),
         num_layers=draw(_counts(1)),
@@ -159,14 +163,14 @@ def _checkpoints() -> SearchStrategy[CheckpointConfig]:
 def _runs() -> SearchStrategy[RunConfig]:
     return st.builds(
         RunConfig,
-        dir=_texts(),
+        dir=_names(),
         num_steps=_counts(),
         evaluate_every=_counts(),
         warmup_steps=_counts(),
         warmup_batch_size=_counts(1),
         warmup_size=_counts(),
         warmup_learning_rate=_amounts(),
-        threads=_counts(),
+        threads=st.integers(0, 1024),
     )
 
 

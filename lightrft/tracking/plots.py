@@ -8,14 +8,14 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import attrs
 
 __all__ = ["Series", "format_number", "line_chart", "moving_average", "nice_ticks"]
 
 _WIDTH, _HEIGHT = 460, 236
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 12, 12, 40
 _SMOOTH_FROM = 40  # points; fewer are readable as they are
 _SMALLEST = 1e-100  # spans below it are none, so that no step underflows
 _MAX_POINTS = 400  # about one for each horizontal pixel of the plotting area
@@ -180,27 +180,54 @@ def _labels(x_label: str, y_label: str) -> list[str]:
 
 def _curve(series: Series, index: int, to_x: Callable[[float], float], to_y: Callable[[float], float]) -> list[str]:
     style = f'style="--curve:var(--curve-{index % 2})"'
-    parts: list[str] = []
-    for run in _runs(series.points):
-        points = [(to_x(x), to_y(y)) for x, y in run]
-        if len(points) == 1:
-            parts.append(f'<circle class="dot" {style} cx="{points[0][0]:.1f}" cy="{points[0][1]:.1f}" r="3"/>')
-        elif len(points) < _SMOOTH_FROM:
-            parts.append(f'<path class="curve" {style} d="{_path(points)}"/>')
-            parts += [f'<circle class="dot" {style} cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in points]
-        else:
-            smooth = moving_average([y for _, y in points], max(5, len(points) // 20))
-            averaged = list(zip([x for x, _ in points], smooth, strict=True))
-            parts.append(f'<path class="raw" {style} d="{_path(_thinned(points))}"/>')
-            parts.append(f'<path class="curve" {style} d="{_path(_thinned(averaged))}"/>')
-    return parts
+    drawn = [(to_x(x), to_y(y)) for x, y in series.points]
+    num_points = sum(math.isfinite(y) for _, y in drawn)
+    if num_points < _SMOOTH_FROM:
+        return [part for run in _runs(drawn) for part in _few_points(run, style)]
+    window = max(5, num_points // 20)
+    raw = [f'<path class="raw" {style} d="{_path(_thinned(_wide(run)))}"/>' for run in _runs(drawn)]
+    return raw + [
+        f'<path class="curve" {style} d="{_path(_thinned(_averaged(run, window)))}"/>'
+        for run in _runs(_bridged(drawn, longest=window))
+        if len(run) > 1
+    ]
+
+
+def _few_points(run: Sequence[tuple[float, float]], style: str) -> list[str]:
+    if len(run) == 1:
+        return [f'<circle class="dot" {style} cx="{run[0][0]:.1f}" cy="{run[0][1]:.1f}" r="3"/>']
+    dots = [f'<circle class="dot" {style} cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in run]
+    return [f'<path class="curve" {style} d="{_path(run)}"/>', *dots]
+
+
+def _wide(run: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return a lone point, which as a path would not be seen, as a line one pixel wide, and all else as it is."""
+    (x, y), is_lone = run[0], len(run) == 1
+    return [(x - 0.5, y), (x + 0.5, y)] if is_lone else run
+
+
+def _averaged(run: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
+    return list(zip([x for x, _ in run], moving_average([y for _, y in run], window), strict=True))
+
+
+def _bridged(points: Sequence[tuple[float, float]], *, longest: int) -> list[tuple[float, float]]:
+    """Return the points without the gaps of up to `longest` points: an average goes on over what it averages over."""
+    kept: list[tuple[float, float]] = []
+    for is_there, group in groupby(points, key=_is_there):
+        stretch = list(group)
+        kept += stretch if is_there or len(stretch) > longest else []
+    return kept
+
+
+def _is_there(point: tuple[float, float]) -> bool:
+    return math.isfinite(point[1])
 
 
 def _runs(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
     """Return the stretches of points between gaps."""
     runs: list[list[tuple[float, float]]] = [[]]
     for point in points:
-        if math.isfinite(point[1]):
+        if _is_there(point):
             runs[-1].append(point)
         else:
             runs.append([])

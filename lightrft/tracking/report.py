@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import html
 import math
 import os
@@ -93,16 +94,20 @@ def write_report(run_dir: str | os.PathLike[str], output: str | os.PathLike[str]
 
     Raises:
         DataError: a file of the run is damaged.
-        OSError: the page cannot be written.
+        OSError: the page cannot be written, or something that is no file, such as a device, stands in its place.
     """
     directory, target = Path(run_dir), Path(output)
     rows: dict[Channel, Sequence[_Row]] = {channel: _read(channel_path(directory, channel)) for channel in CHANNELS}
     name = directory.name or directory.resolve().name
     page = render_report(name, config=_read_config(directory / "config.toml"), rows=rows)
-    temporary = target.with_name(f".{target.name}.tmp")
+    final = target.resolve()  # a link stays one
+    if final.exists() and not final.is_file():
+        # root could put a file into the place of /dev/null
+        raise FileExistsError(errno.EEXIST, "no file, and not replaced by one", str(target))
+    temporary = final.with_name(f".{final.name}.tmp")
     try:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
-        temporary.replace(target)
+        temporary.replace(final)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         # writing names no file by itself

@@ -5,13 +5,16 @@ T tokens, V vocabulary
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
+from lightrft.models.context import context_size
 from lightrft.strategy.protocols.rollout import Prompt, SamplingParams
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
 
     from lightrft.strategy.protocols.rollout import Completion, EngineHandle
@@ -30,15 +33,17 @@ _NEW_TOKENS = 4
 def probe_difference(handle: EngineHandle, model: nn.Module) -> float:
     """Return the largest absolute difference, in nats, between engine and trainer over a short greedy completion.
 
-    The prompt is spread over the vocabulary, so that rows of the embedding far apart are seen.
+    The prompt is spread over the vocabulary, so that rows of the embedding far apart are seen; both are shorter where
+    the model's context is. The modes of the model's modules stay as they are.
 
     Args:
         handle: an engine that is awake.
         model: the prepared model; called as `model(input_ids)`, it returns logits or an object with `logits`.
     """
-    embedding = _embedding_rows(model)
-    prompt = Prompt(token_ids=tuple((1 + 2 * i) * embedding // (2 * _PROMPT_TOKENS) for i in range(_PROMPT_TOKENS)))
-    sampling = SamplingParams(temperature=0.0, max_new_tokens=_NEW_TOKENS)
+    rows, room = _vocabulary_size(model), context_size(model) or _PROMPT_TOKENS + _NEW_TOKENS
+    length = min(_PROMPT_TOKENS, max(1, room - _NEW_TOKENS))
+    prompt = Prompt(token_ids=tuple((1 + 2 * i) * rows // (2 * length) for i in range(length)))
+    sampling = SamplingParams(temperature=0.0, max_new_tokens=min(_NEW_TOKENS, room - length))
     (completion,) = handle.engine.generate(handle, [prompt], sampling)
     logprobs_T = _trainer_logprobs(model, completion)
     engine_T = torch.tensor(completion.logprobs, dtype=torch.float64)
@@ -46,21 +51,27 @@ def probe_difference(handle: EngineHandle, model: nn.Module) -> float:
     return difference if difference == difference else float("inf")  # noqa: PLR0124 (NaN is no agreement)
 
 
-def _embedding_rows(model: nn.Module) -> int:
+def _vocabulary_size(model: nn.Module) -> int:
+    """Return a number of token ids that the model knows: all of them where it says which embedding takes them."""
+    get = cast("Callable[[], nn.Module] | None", getattr(model, "get_input_embeddings", None))
+    if get is not None:
+        return len(cast("torch.Tensor", get().weight))
+    # another embedding may hold positions, which can be more than the tokens: the smallest is safe
     sizes = [module.num_embeddings for module in model.modules() if isinstance(module, torch.nn.Embedding)]
-    return max(sizes, default=2)
+    return min(sizes, default=2)
 
 
 def _trainer_logprobs(model: nn.Module, completion: Completion) -> torch.Tensor:
     device = next(model.parameters()).device
     ids_T = torch.tensor(completion.prompt_ids + completion.token_ids, device=device)
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
             output = model(ids_T[None, :-1])
     finally:
-        model.train(was_training)
+        for module in training:  # one by one: parts of a model that trains may be in evaluation mode for good
+            module.training = True
     logits_TV = getattr(output, "logits", output)[0, -len(completion.token_ids) :].float()
     targets_T = ids_T[-len(completion.token_ids) :]
     return torch.log_softmax(logits_TV, dim=-1).gather(-1, targets_T[:, None])[:, 0]

@@ -185,3 +185,10 @@ def test_what_is_wrapped_around_a_model_takes_part() -> None:
     plain_BTH, _ = hidden_states_and_head(model.module, torch.tensor([[2, 3, 4]]))
     assert not torch.equal(hidden_BTH.float(), plain_BTH)
     torch.testing.assert_close(hidden_BTH.float(), plain_BTH, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt2"])
+def test_a_context_shorter_than_the_probe_is_checked_too(architecture: str) -> None:
+    """A model that takes fewer tokens than the probe would have is held to the same, with learnt positions too."""
+    config = ModelConfig(architecture=architecture, hidden_size=16, num_layers=1, num_heads=2, max_length=3)
+    check_head(build_model(config, TOKENIZER, seed=0))

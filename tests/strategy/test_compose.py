@@ -238,6 +238,16 @@ def test_logs_name_the_call_before_it_is_made() -> None:
     assert lines == ["all_reduce(data={'loss': 'float32[2, 3]'}, op=sum)", "broadcast(data=float32[], src=3)"]
 
 
+def test_a_logged_call_shows_no_secret() -> None:
+    """A value under the name of a secret is hidden at every depth of the arguments, and the rest is shown."""
+    lines: list[str] = []
+    strategy = with_logging(single(), lines.append)
+    args = {"actor_learning_rate": 0.5, "api_key": "abc123", "nested": {"hf_token": "abc123"}}
+    strategy.prepare_models_and_optimizers(nn.Linear(1, 1), None, None, None, args)
+    assert "abc123" not in lines[0]
+    assert "'actor_learning_rate': 0.5, 'api_key': '***', 'nested': {'hf_token': '***'}" in lines[0]
+
+
 def test_calls_are_described_without_references() -> None:
     """Plain values stay, tensors become dtype and shape, containers are described inside, others by their type."""
     assert describe([1, 2.5, None, True, "text", Path("a")]) == (1, 2.5, None, True, "text", Path("a"))

@@ -121,3 +121,14 @@ def test_numbers_are_short() -> None:
         "nan",
         "100",
     ]
+
+
+def test_a_long_curve_with_gaps_keeps_its_average_and_bridges_short_gaps() -> None:
+    """Steps without a figure between many that have one leave one average, broken at a long gap alone."""
+    values = [math.nan if x % 3 == 0 or 100 <= x < 150 else 1.0 for x in range(300)]
+    svg = line_chart([Series(name="a", points=tuple(enumerate(values)))], x_label="x", y_label="y")
+    assert svg.count('class="curve"') == 2
+    assert svg.count('class="dot"') == 0
+    assert svg.count('class="raw"') == sum(
+        not math.isnan(now) and math.isnan(before) for before, now in pairwise([math.nan, *values])
+    )

@@ -12,8 +12,11 @@ from torch import nn
 
 from lightrft.backends.rollout.scripted import build_scripted
 from lightrft.backends.rollout.serving import build_rollout
-from lightrft.config.sections import EngineConfig
+from lightrft.config.sections import EngineConfig, ModelConfig
 from lightrft.errors import EngineStateError, WeightSyncError
+from lightrft.models.build import build_model
+from lightrft.models.tokenizer import build_character_tokenizer
+from lightrft.strategy import get_strategy
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.protocols.rollout import BuildEngine, EngineHandle, EngineSource, Prompt, Rollout, SamplingParams
 from lightrft.weight_sync import in_buckets, probe_difference, transfer_weights
@@ -85,6 +88,61 @@ def test_the_probe_reports_a_trainer_full_of_nan_as_no_agreement() -> None:
         trainer[1].bias.fill_(float("nan"))
     assert probe_difference(handle, trainer) == float("inf")
     assert trainer.training
+
+
+def test_the_probe_leaves_the_mode_of_every_module_as_it_was() -> None:
+    """A part that is in evaluation mode inside a model that trains stays so."""
+    trainer = tiny_model(1)
+    trainer[1].eval()
+    assert probe_difference(start(trainer), trainer) < 1e-5
+    assert [module.training for module in trainer.modules()] == [True, True, False]
+
+
+def transformer(architecture: str, max_length: int) -> nn.Module:
+    config = ModelConfig(architecture=architecture, hidden_size=8, num_layers=1, num_heads=2, max_length=max_length)
+    return build_model(config, build_character_tokenizer("abc"), seed=0)
+
+
+@pytest.mark.parametrize(("architecture", "max_length"), [("qwen3", 2), ("qwen3", 10), ("gpt2", 512)])
+def test_the_probe_fits_into_any_model(architecture: str, max_length: int) -> None:
+    """A context shorter than the probe, and more positions than tokens, are no reason for a sync to fail."""
+    trainer = transformer(architecture, max_length)
+    strategy = get_strategy({"strategy": "single"})
+    with strategy.setup_inference_engine(actor=trainer) as engine:
+        assert strategy.update_engine_weights(engine, trainer).max_logprob_difference < 1e-4
+
+
+class Positioned(nn.Module):
+    """A model with more positions than tokens, which does not say which embedding takes the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.tokens, self.head = nn.Embedding(64, 8), nn.Embedding(8, 8), nn.Linear(8, 8)
+
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        positions_T = torch.arange(ids_BT.shape[1])
+        return self.head(self.tokens(ids_BT) + self.positions(positions_T))
+
+
+def test_more_positions_than_tokens_are_no_tokens() -> None:
+    """The probe asks for ids that the smallest embedding has, where the model does not say which one takes the ids."""
+    torch.manual_seed(1)
+    trainer = Positioned()
+    assert probe_difference(start(trainer), trainer) < 1e-5
+
+
+def test_an_engine_that_could_not_be_verified_is_torn() -> None:
+    """An error of the probe itself leaves the engine torn, and not awake with weights that nobody has looked at."""
+    trainer = transformer("qwen3", 32)
+    strategy = get_strategy({"strategy": "single"})
+    engine = strategy.setup_inference_engine(actor=trainer)
+    with torch.no_grad():
+        trainer.get_parameter("model.norm.weight").fill_(float("nan"))
+    with pytest.raises(EngineStateError, match="not finite"):
+        strategy.update_engine_weights(engine, trainer)
+    assert engine.status == "torn"
+    strategy.update_engine_weights(engine, transformer("qwen3", 32))
+    assert engine.status == "awake"
 
 
 def test_serving_syncs_verifies_and_refuses_a_sync_that_did_not_arrive() -> None:

@@ -37,11 +37,10 @@ __all__ = ["build_latest_ckpt", "build_load_ckpt"]
 
 
 def build_latest_ckpt() -> LatestCkpt:
-    """Return `latest_ckpt`, which looks at names alone; `load_ckpt` verifies."""
+    """Return `latest_ckpt`, which looks at names alone; `load_ckpt` takes the same one and verifies it."""
 
     def latest_ckpt(load_dir: str | os.PathLike[str]) -> int | None:
-        steps = committed_steps(Path(load_dir))
-        return steps[-1] if steps else None
+        return newest_step(Path(load_dir))
 
     return latest_ckpt
 

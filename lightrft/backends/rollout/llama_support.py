@@ -61,6 +61,8 @@ def _explain_modules(model: PreTrainedModel) -> str | None:
     for name, module in model.named_modules():
         if name.endswith(("_proj", "lm_head")) and type(module) is not nn.Linear:
             return f"{name} is a {type(module).__name__}, not a plain Linear"
+        if name == "lm_head" and getattr(module, "bias", None) is not None:
+            return "lm_head has a bias, which no model of these families has"
         if vars(module)["_forward_hooks"] or vars(module)["_forward_pre_hooks"]:
             return f"{name or type(module).__name__} has forward hooks, which the fused decoder would skip"
     return None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lightrft.errors import ConfigError, DataError
+from lightrft.models.context import context_size
 from lightrft.strategy.protocols.rollout import SamplingParams
 
 if TYPE_CHECKING:
@@ -34,10 +35,9 @@ def check_request(
             f"prompt_indices has {len(prompt_indices)} numbers for {len(prompts)} prompts; give one for each."
         )
     _check_tokens(prompts, params, vocabulary_size=model.get_input_embeddings().get_parameter("weight").shape[0])
-    # Models without learnt or rotary positions (such as Bloom) state no limit.
-    context_size: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context_size is not None:
-        _check_context(prompts, params, context_size)
+    limit = context_size(model)
+    if limit is not None:
+        _check_context(prompts, params, limit)
 
 
 def _check_tokens(prompts: Sequence[Sequence[int]], params: SamplingParams, vocabulary_size: int) -> None:
@@ -62,16 +62,16 @@ def _check_tokens(prompts: Sequence[Sequence[int]], params: SamplingParams, voca
         )
 
 
-def _check_context(prompts: Sequence[Sequence[int]], params: SamplingParams, context_size: int) -> None:
+def _check_context(prompts: Sequence[Sequence[int]], params: SamplingParams, limit: int) -> None:
     for index, prompt in enumerate(prompts):
-        room = context_size - len(prompt)
+        room = limit - len(prompt)
         if room < 1:
             raise DataError(
                 f"prompts[{index}] has {len(prompt)} tokens, which leaves no room in "
-                f"max_position_embeddings({context_size}); shorten it to {context_size - 1} or less."
+                f"max_position_embeddings({limit}); shorten it to {limit - 1} or less."
             )
         if room < params.max_new_tokens:
             raise ConfigError(
                 f"max_new_tokens={params.max_new_tokens!r} does not fit after prompts[{index}] of {len(prompt)} tokens "
-                f"in max_position_embeddings({context_size}); use at most {room}."
+                f"in max_position_embeddings({limit}); use at most {room}."
             )

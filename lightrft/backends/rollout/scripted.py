@@ -57,7 +57,7 @@ def build_scripted(config: EngineConfig) -> Engine:
         for index, prompt in enumerate(prompts):
             _check_prompt(prompt, index)
             for sample in range(sampling.n):
-                written = state.script[len(completions) % len(state.script)] if state.script else ()
+                written = state.script[len(completions) % len(state.script)] if state.script else None
                 completions.append(_complete(handle, prompt, written, sampling, sample))
         return completions
 
@@ -105,12 +105,15 @@ def _check_prompt(prompt: Prompt, index: int) -> None:
 
 
 def _complete(
-    handle: EngineHandle, prompt: Prompt, written: tuple[int, ...], sampling: SamplingParams, sample_index: int
+    handle: EngineHandle, prompt: Prompt, written: tuple[int, ...] | None, sampling: SamplingParams, sample_index: int
 ) -> Completion:
     limit = sampling.max_new_tokens
     echo = prompt.token_ids * (limit // len(prompt.token_ids) + 1)
-    ended = (*written, *sampling.stop_token_ids[:1]) if written else echo
-    token_ids = ended[:limit]
+    whole = echo if written is None else (*written, *sampling.stop_token_ids[:1])
+    if not whole:
+        raise ConfigError("script has an empty text, and there is no stop token to end it; pass stop_token_ids.")
+    stops = [place for place, token in enumerate(whole, start=1) if token in sampling.stop_token_ids]
+    token_ids = whole[: min(limit, *stops[:1])] if stops else whole[:limit]
     return Completion(
         prompt_ids=prompt.token_ids,
         token_ids=token_ids,

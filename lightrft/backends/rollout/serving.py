@@ -131,7 +131,11 @@ def _build_update(config: StrategyConfig, *, named_tensors: NamedTensors) -> Upd
         from lightrft.weight_sync import PROBE_BOUNDS, probe_difference, transfer_weights
 
         num_tensors, num_bytes = transfer_weights(named_tensors(actor), engine)
-        difference = probe_difference(engine, actor)
+        try:
+            difference = probe_difference(engine, actor)
+        except BaseException:
+            engine.engine.abort(engine)  # what nobody could verify must not generate
+            raise
         bound = PROBE_BOUNDS[torch.bfloat16 if config.bf16 else torch.float32]
         if difference > bound:
             engine.engine.abort(engine)

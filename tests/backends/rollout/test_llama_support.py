@@ -70,6 +70,13 @@ def test_replaced_modules_are_refused(tiny_model: BuildTinyModel) -> None:
     assert "model.norm.weight is a Special" in str(explain_unsupported(other))
 
 
+def test_a_head_with_a_bias_is_refused(tiny_model: BuildTinyModel) -> None:
+    """A plain linear head with a bias, which the decoder would leave out, is named."""
+    model = tiny_model("llama")
+    model.set_submodule("lm_head", nn.Linear(32, model.config.vocab_size))
+    assert "lm_head has a bias" in str(explain_unsupported(model))
+
+
 def test_hooks_are_refused(tiny_model: BuildTinyModel) -> None:
     """A module with a forward hook is named: the decoder would not run the hook."""
     model = tiny_model("qwen3")

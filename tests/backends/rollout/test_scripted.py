@@ -48,6 +48,24 @@ def test_completions_follow_the_script_in_turn() -> None:
     assert {c.finish_reason for c in completions} == {"stop"}
 
 
+def test_an_empty_text_of_the_script_is_a_completion_that_ends_at_once() -> None:
+    """An empty text gives the stop token alone, and no echo; without a stop token there is nothing to give."""
+    handle = start("", "a")
+    prompt, sampling = Prompt(token_ids=(5,)), SamplingParams(n=2, max_new_tokens=4, stop_token_ids=(0,))
+    made = handle.engine.generate(handle, [prompt], sampling)
+    assert [(one.token_ids, one.finish_reason) for one in made] == [((0,), "stop"), ((97, 0), "stop")]
+    with pytest.raises(ConfigError, match="there is no stop token"):
+        handle.engine.generate(handle, [prompt], SamplingParams())
+
+
+def test_a_completion_ends_at_its_first_stop_token() -> None:
+    """What a script, or an echo, holds after a stop token is not given out."""
+    sampling = SamplingParams(max_new_tokens=5, stop_token_ids=(0, ord("+")))
+    for handle in (start("7+8"), start()):
+        (one,) = handle.engine.generate(handle, [Prompt(token_ids=(ord("7"), ord("+")))], sampling)
+        assert (one.token_ids, one.finish_reason) == ((ord("7"), ord("+")), "stop")
+
+
 def test_without_a_script_it_echoes_the_prompt_up_to_the_limit() -> None:
     """An engine without a script repeats the prompt and stops at max_new_tokens."""
     handle = start()

@@ -1,0 +1,49 @@
+"""Settings of different sections that contradict one another, said before anything is computed."""
+
+from __future__ import annotations
+
+from lightrft.config.root import Config
+from lightrft.errors import ConfigError
+
+__all__ = ["check_settings"]
+
+
+def check_settings(config: Config) -> None:
+    """Refuse settings that would end the run at its first rollout or first step, or that have no effect.
+
+    Args:
+        config: the run's configuration.
+
+    Raises:
+        ConfigError: the first contradiction.
+
+    Example:
+        >>> check_settings(Config())
+    """
+    _check_lengths(config)
+    _check_loss(config)
+    if config.algorithm.reward_running_norm_minus_mean and not config.algorithm.reward_running_norm:
+        raise ConfigError(
+            "algorithm.reward_running_norm_minus_mean=True has no effect without algorithm.reward_running_norm; "
+            "set both, or neither."
+        )
+
+
+def _check_lengths(config: Config) -> None:
+    buffer, longest = config.algorithm.overlong_buffer, config.engine.max_new_tokens
+    if buffer > longest:
+        raise ConfigError(
+            f"algorithm.overlong_buffer={buffer} is more than engine.max_new_tokens({longest}); use {longest} or less."
+        )
+
+
+def _check_loss(config: Config) -> None:
+    loss, bound = config.algorithm.loss, config.algorithm.dual_clip
+    if bound is None:
+        return
+    if loss != "ppo_clip":
+        raise ConfigError(
+            f"algorithm.dual_clip={bound} has no meaning for loss={loss!r}; leave it out, or set ppo_clip."
+        )
+    if bound == 1:
+        raise ConfigError("algorithm.dual_clip=1.0 is not above 1; use e.g. 3.0, or leave it out.")
