@@ -63,7 +63,7 @@ def command_line(*words: str) -> str:
 
 def _program() -> str:
     own = Path(sys.argv[0])
-    if own.name == "__main__.py":
+    if own.parts[-2:] == ("lightrft", "__main__.py"):
         return shlex.join([sys.executable, "-m", "lightrft"])
     found = shutil.which("lightrft")
     if own.name != "lightrft" or (found is not None and Path(found).samefile(own)):

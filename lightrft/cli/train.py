@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ import attrs
 from lightrft.cli.command import Command
 from lightrft.cli.failures import EXIT_OK
 from lightrft.cli.run_dir import bind_config, open_run_dir
-from lightrft.cli.terminal import command_line, complain, mute, say
+from lightrft.cli.terminal import command_line, say
 from lightrft.config import Config, apply_overrides, load_config, to_toml
 from lightrft.config.redaction import HIDDEN, redact
 from lightrft.errors import CheckpointError, ConfigError, InterruptedRunError
@@ -24,10 +24,9 @@ if TYPE_CHECKING:
     from lightrft.loops.interrupt import ShouldStop
     from lightrft.loops.parts import Parts
     from lightrft.loops.train import Summary
-    from lightrft.strategy.protocols.checkpointing import Json
     from lightrft.strategy.protocols.collectives import World
     from lightrft.strategy.record import Strategy
-    from lightrft.tracking.tracker import Channel, Tracker
+    from lightrft.tracking.tracker import Tracker
 
 __all__ = ["COMMAND"]
 
@@ -128,6 +127,7 @@ def _train(config: Config, options: _Options, directory: Path, should_stop: Shou
 
 
 def _build_tracker(config: Config, *, is_quiet: bool) -> Tracker:
+    from lightrft.cli.progress import build_dispensable
     from lightrft.tracking.files import build_file_tracker
     from lightrft.tracking.progress import build_progress_tracker
     from lightrft.tracking.tracker import combine
@@ -138,36 +138,7 @@ def _build_tracker(config: Config, *, is_quiet: bool) -> Tracker:
     progress = build_progress_tracker(
         warmup_steps=config.run.warmup_steps, num_steps=config.run.num_steps, file=sys.stdout
     )
-    return combine(files, _build_dispensable(progress))
-
-
-def _build_dispensable(shown: Tracker) -> Tracker:
-    """Return a tracker that no run ends for: where its output cannot be written any more, it says so and is silent."""
-    from lightrft.tracking.tracker import Tracker
-
-    @contextmanager
-    def unless_unwritable() -> Generator[None]:
-        try:
-            yield
-        except OSError as error:
-            mute()
-            complain(
-                f"warning: standard output cannot be written ({error.strerror}); the run goes on without progress."
-            )
-
-    def resume(step: int) -> None:
-        with unless_unwritable():
-            shown.resume(step)
-
-    def log(channel: Channel, row: Mapping[str, Json]) -> None:
-        with unless_unwritable():
-            shown.log(channel, row)
-
-    def close() -> None:
-        with unless_unwritable():
-            shown.close()
-
-    return Tracker(resume=resume, log=log, close=close)
+    return combine(files, build_dispensable(progress))
 
 
 def _announce(config: Config, parts: Parts, world: World, done: int | None) -> None:

@@ -20,12 +20,24 @@ def check_settings(config: Config) -> None:
     Example:
         >>> check_settings(Config())
     """
+    _check_batches(config)
     _check_lengths(config)
     _check_loss(config)
     if config.algorithm.reward_running_norm_minus_mean and not config.algorithm.reward_running_norm:
         raise ConfigError(
             "algorithm.reward_running_norm_minus_mean=True has no effect without algorithm.reward_running_norm; "
             "set both, or neither."
+        )
+
+
+def _check_batches(config: Config) -> None:
+    algorithm, size = config.algorithm, config.strategy.train_batch_size
+    samples = algorithm.prompts_per_step * algorithm.num_samples
+    if samples % size:
+        raise ConfigError(
+            f"strategy.train_batch_size={size} does not divide algorithm.prompts_per_step("
+            f"{algorithm.prompts_per_step}) * num_samples({algorithm.num_samples}) = {samples}; use {samples} or a "
+            "divisor of it."
         )
 
 

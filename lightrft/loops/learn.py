@@ -21,6 +21,7 @@ from lightrft.algorithms.logprobs import token_logprobs
 from lightrft.algorithms.losses import LOSSES, TOKENWISE_LOSSES
 from lightrft.config.sections import AlgorithmConfig
 from lightrft.data.padding import TokenBatch, pad_completions
+from lightrft.errors import ConfigError
 from lightrft.models.forward import hidden_states_and_head
 from lightrft.strategy.protocols.training import StepResult, Trainable, Training
 
@@ -82,11 +83,19 @@ def learn(
         train_batch_size: completions of one optimizer step.
         micro_train_batch_size: completions of one forward and backward.
         reference: frozen reference policy; needed when `kl_coef` is not 0.
+
+    Raises:
+        ConfigError: the batch is not made of whole micro-batches.
     """
+    if train_batch_size % micro_train_batch_size:
+        raise ConfigError(
+            f"train_batch_size={train_batch_size} is not divisible by micro_train_batch_size("
+            f"{micro_train_batch_size}); use {train_batch_size // micro_train_batch_size * micro_train_batch_size or micro_train_batch_size}."
+        )
     device = next(trainable.model.parameters()).device
     temperature = temperature or 1.0
     batches = _split(pad_completions(completions).to(device), advantages_B.to(device), micro_train_batch_size)
-    per_step = -(-train_batch_size // micro_train_batch_size)
+    per_step = train_batch_size // micro_train_batch_size
     is_off_policy = algorithm.num_epochs * len(batches) > per_step
     batches = [
         _with_logprobs(batch, trainable.model if is_off_policy else None, reference, temperature) for batch in batches

@@ -61,13 +61,13 @@ def train(
         InterruptedRunError: the run was asked to stop; its checkpoint is written.
     """
     check_settings(config)
-    _check(config, parts)
-    check_head(strategy.unwrap_model(parts.model))
+    _check_parts(strategy, config, parts)
     run = Run(strategy=strategy, config=config, parts=parts, tracker=tracker or no_tracker(), should_stop=should_stop)
     strategy.setup_distributed()
     done = strategy.latest_ckpt(checkpoint_dir(config))
-    run.tracker.resume(-1 if done is None else done)
     warmup_steps = config.run.warmup_steps
+    _check_unfinished(config, is_finished=done == warmup_steps + config.run.num_steps)
+    run.tracker.resume(-1 if done is None else done)
     if warmup_steps and (done is None or done < warmup_steps):
         warm_up(run, resume=done is not None)
     learner, state = start_learner(run, resume=done is not None and done >= warmup_steps)
@@ -81,24 +81,29 @@ def train(
     return Summary(step=state.step, accuracy_before=state.accuracy_before or 0.0, accuracy_after=state.accuracy or 0.0)
 
 
-def _check(config: Config, parts: Parts) -> None:
-    algorithm, strategy = config.algorithm, config.strategy
-    samples = algorithm.prompts_per_step * algorithm.num_samples
-    if samples % strategy.train_batch_size:
-        raise ConfigError(
-            f"train_batch_size={strategy.train_batch_size} does not divide prompts_per_step("
-            f"{algorithm.prompts_per_step}) * num_samples({algorithm.num_samples}) = {samples}; use {samples} or a "
-            "divisor of it."
-        )
+def _check_parts(strategy: StrategyProtocol, config: Config, parts: Parts) -> None:
     if config.run.warmup_size > len(parts.train):
         raise ConfigError(
             f"run.warmup_size={config.run.warmup_size} is more than the {len(parts.train)} training problems; "
             f"use {len(parts.train)} or less."
         )
+    check_head(strategy.unwrap_model(parts.model))
+
+
+def _check_unfinished(config: Config, *, is_finished: bool) -> None:
+    """Refuse to train beside the model of another run, which the one of this run could not replace."""
+    if not is_finished and _model_dir(config).exists():
+        raise ConfigError(
+            f"run.dir={config.run.dir!r} holds the model of a finished run; choose another directory, or move it away."
+        )
+
+
+def _model_dir(config: Config) -> Path:
+    return Path(config.run.dir) / "model"
 
 
 def _export(run: Run, learner: Learner) -> None:
     """Write the finished model in the Hugging Face layout, once."""
-    target = Path(run.config.run.dir) / "model"
+    target = _model_dir(run.config)
     if not target.exists():
         run.strategy.save_model(learner.actor.model, target, tokenizer=run.parts.tokenizer)

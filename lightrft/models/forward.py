@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Protocol, cast
 
 import torch
@@ -95,9 +95,12 @@ def _hidden_states(model: nn.Module, ids_BT: Tensor) -> Tensor:
         del module, arguments
         seen.append(output.last_hidden_state)
 
+    # Gradient checkpointing computes layers again in the backward pass, outside of this block, and demands the same
+    # operators there.
+    is_repeated = bool(getattr(model, "is_gradient_checkpointing", False))
     hook = decoder.register_forward_hook(pick_up)
     try:
-        with linear_by_onednn():
+        with nullcontext() if is_repeated else linear_by_onednn():
             # the logits of no position at all: the head's matrix product is left to the losses
             model(input_ids=ids_BT, attention_mask=None, use_cache=False, logits_to_keep=ids_BT[0, :0])
     finally:

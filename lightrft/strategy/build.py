@@ -67,7 +67,9 @@ def strategy_config(args: object) -> StrategyConfig:
     if isinstance(args, Config):
         return args.strategy
     if isinstance(args, Mapping):
-        return StrategyConfig.from_mapping(cast("Mapping[str, object]", args))
+        given = cast("Mapping[str, object]", args)
+        # `vars` of a config is a mapping of settings too, with `args` as the memory of where it came from
+        return StrategyConfig.from_mapping({name: value for name, value in given.items() if name != "args"})
     return StrategyConfig.from_args(args)
 
 

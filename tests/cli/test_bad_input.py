@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import subprocess
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -30,6 +31,11 @@ _QUICK = ("run.warmup_steps=0", "run.num_steps=1", "--quiet")
             "strategy.sed=1 is not a setting of strategy; did you mean 'seed'?",
         ),
         (["run.toml", "run.num_steps=2.7"], "num_steps=2.7"),
+        (["run.toml", "run.threads=100000"], "run.threads=100000 is out of range; use an integer in [0, 1024]"),
+        (["run.toml", "strategy.seed=9223372036854775808"], "strategy.seed=9223372036854775808 is too large"),
+        (["run.toml", "run.dir="], "run.dir='' is empty"),
+        (["run.toml", "--strategy="], "strategy.strategy='' is empty"),
+        (["run.toml", "--strategy=it's"], 'strategy="it\'s" is not registered'),
         (["run.toml", "--strategy=sngle"], "strategy='sngle' is not registered; did you mean 'single'?"),
         (["run.toml", "--engine=vlm"], "engine_type='vlm' is not registered"),
         (["run.toml", "data.path=none.jsonl"], "path='none.jsonl' cannot be read (No such file or directory)"),
@@ -192,3 +198,29 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(cli: Cli, workplace: Path, e
         edit_rewards(rewards)
         assert cli(*settings, "run.dir=disk/run").code == 0
         assert channel_path("disk/run", "metrics").read_bytes() == channel_path("whole", "metrics").read_bytes()
+
+
+@pytest.mark.usefixtures("workplace")
+@pytest.mark.parametrize("at", ["", "    "])
+def test_a_user_module_that_exits_does_not_end_the_run_as_done(cli: Cli, edit_rewards: EditRewards, at: str) -> None:
+    """`sys.exit(0)`, in the module or in the reward, is one line and no success."""
+    edit_rewards(f"import sys\n\ndef reward(prompt, completion, answer):\n    pass\n{at}sys.exit(0)\n")
+    outcome = cli("train", "run.toml", "data.reward=rewards:reward", *_QUICK)
+    assert outcome.code == (1 if at else 2)
+    assert "raised SystemExit: 0; " in outcome.line
+
+
+def test_a_damaged_checkpoint_is_not_called_intact(cli: Cli, workplace: Path) -> None:
+    """The line says which directory to remove; then the run goes on from the checkpoint before it."""
+    settings = ("train", "run.toml", "--quiet")
+    assert cli(*settings).code == 0
+    newest = workplace / "run" / "checkpoints" / "step-00000024"
+    (newest / "actor.state.json").write_text("{")
+    outcome = cli(*settings)
+    assert outcome.code == 1
+    assert "intact" not in outcome.line
+    assert outcome.line.endswith("To go on from the one before it, remove run/checkpoints/step-00000024.")
+    shutil.rmtree(newest)
+    again = cli(*settings)
+    assert again.code == 0
+    assert "resumed from step 21 of 24" in again.out

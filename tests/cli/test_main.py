@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from cli_runs import Cli
+from cli_runs import REPOSITORY, Cli, make_workplace
 
 from lightrft import __version__
 from lightrft.cli import main
 from lightrft.cli.failures import exit_code, explain
-from lightrft.cli.terminal import table, tolerant_output
+from lightrft.cli.progress import build_dispensable
+from lightrft.cli.terminal import command_line, say, table, tolerant_output
 from lightrft.errors import CheckpointError, ConfigError, DataError, InterruptedRunError, UnsupportedError
+from lightrft.tracking.files import channel_path
+from lightrft.tracking.progress import build_progress_tracker
 
 
 @pytest.mark.parametrize(
@@ -84,6 +88,7 @@ def test_debug_adds_the_traceback(cli: Cli, tmp_path: Path) -> None:
         (InterruptedRunError("SIGINT: stopped"), 75, "SIGINT: stopped"),
         (KeyboardInterrupt(), 130, "error: interrupted at once, in the middle of a step."),
         (ZeroDivisionError("by 0"), 1, "error: ZeroDivisionError: by 0; run again with --debug for the traceback."),
+        (SystemExit(3), 1, "error: SystemExit: 3; run again with --debug for the traceback."),
         (MemoryError(), 1, "error: MemoryError; run again with --debug for the traceback."),
     ],
 )
@@ -98,6 +103,9 @@ def test_every_wrong_setting_has_its_line_and_notes_follow_the_last() -> None:
     error = CheckpointError("bad.")
     error.add_note("The last checkpoint is intact.")
     assert explain(error) == ["error: bad. The last checkpoint is intact."]
+    unfinished = OSError(21, "Is a directory", "a")
+    unfinished.add_note("The last checkpoint is intact.")
+    assert explain(unfinished) == ["error: a: Is a directory. The last checkpoint is intact."]
     caused = ConfigError("one\ntwo")
     caused.__cause__ = ValueError()
     assert explain(caused) == ["error: one two"]
@@ -151,3 +159,117 @@ def test_main_takes_the_arguments_of_the_process(
     monkeypatch.setattr(sys, "argv", ["lightrft", "--version"])
     assert main() == 0
     assert __version__ in capsys.readouterr().out
+
+
+def _shell(script: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a script in which `lightrft` is `$L`."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": "1",
+        "L": f"{sys.executable} -m lightrft",
+    }
+    command = ["bash", "-c", script]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=120)  # noqa: S603 (our own words)
+
+
+_SMALL = "run.warmup_steps=0 run.num_steps=2"
+
+
+def test_a_run_goes_on_when_nobody_reads_its_progress(tmp_path: Path) -> None:
+    """`| head -1`, a full disk behind stdout and a closed stdout cost the run nothing."""
+    make_workplace(tmp_path)
+    piped = _shell(f"$L train run.toml {_SMALL} run.dir=a | head -1; exit ${{PIPESTATUS[0]}}", tmp_path)
+    assert (piped.returncode, piped.stdout.count("\n")) == (0, 1), piped
+    closed = _shell(f"$L train run.toml {_SMALL} run.dir=b >&- 2>&-", tmp_path)
+    assert closed.returncode == 0, closed
+    rows = [channel_path(tmp_path / name, "metrics").read_bytes() for name in ("a", "b")]
+    assert rows[0] == rows[1]
+    for name in ("a", "b"):
+        assert (tmp_path / name / "report.html").is_file()
+
+
+@pytest.mark.parametrize("command", ["strategies", "train --print-config"])
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path, command: str) -> None:
+    """`lightrft ... | true` says nothing on stderr; a disk that is full does."""
+    done = _shell(f"$L {command} | true; exit ${{PIPESTATUS[0]}}", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    full = _shell(f"$L {command} > /dev/full", tmp_path)
+    assert (full.returncode, full.stderr) == (1, "lightrft: error: standard output: No space left on device\n")
+
+
+def test_an_error_without_streams_keeps_its_exit_code(tmp_path: Path) -> None:
+    """With all three streams closed wrong input is still exit code 2."""
+    assert _shell("$L train none.toml <&- >&- 2>&-", tmp_path).returncode == 2
+
+
+def test_progress_that_cannot_be_written_is_dispensable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A display whose output fails is named once on stderr, and every later row passes."""
+    with (tmp_path / "out").open("w") as stream, Path("/dev/full").open("w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stdout", stream)
+        shown = build_dispensable(build_progress_tracker(warmup_steps=0, num_steps=2, file=full, every_seconds=0.0))
+        shown.resume(-1)
+        shown.log("metrics", {"step": 1, "kind": "step", "reward": 0.5})
+        shown.log("timings", {"step": 1, "kind": "step"})
+        shown.close()
+        with suppress(OSError):
+            full.close()
+    assert capsys.readouterr().err == (
+        "lightrft: warning: standard output cannot be written (No space left on device); "
+        "the run goes on without progress.\n"
+    )
+
+
+def test_commands_are_shown_as_they_can_be_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The program's name is the one that finds it here: by the search path, else by its own path, else as a module."""
+    inside, outside = tmp_path / "bin" / "lightrft", tmp_path / "other" / "lightrft"
+    for path in (inside, outside):
+        path.parent.mkdir()
+        path.write_text("#!/bin/sh\n")
+        path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(outside.parent))
+    for own, shown in (
+        (outside, "lightrft evaluate 'a b'"),
+        (inside, "bin/lightrft evaluate 'a b'"),
+        (tmp_path / "lightrft" / "__main__.py", f"{sys.executable} -m lightrft evaluate 'a b'"),
+    ):
+        monkeypatch.setattr(sys, "argv", [str(own)])
+        assert command_line("evaluate", "a b") == shown
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.chdir(inside.parent)
+    monkeypatch.setattr(sys, "argv", [str(outside)])
+    assert command_line("train") == f"{outside} train"
+
+
+def test_lines_for_nobody_are_lost_and_lines_for_a_full_disk_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the reader of a pipe has gone nothing fails; a stream that cannot hold a line is named, once."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        say("first")
+        say("second")
+        assert os.fstat(writer).st_rdev == Path(os.devnull).stat().st_rdev
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(OSError, match="No space left on device: 'standard output'"):
+            say("first")
+        say("second")
+
+
+def test_streams_that_are_missing_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process without stdin and stdout gets some, so that no file of the run takes their descriptors."""
+    kept = os.dup(0)
+    os.close(0)
+    monkeypatch.setattr(sys, "stdout", None)
+    try:
+        tolerant_output()
+        assert os.fstat(0).st_rdev == Path(os.devnull).stat().st_rdev
+        say("nowhere")
+        sys.stdout.close()
+    finally:
+        os.dup2(kept, 0)
+        os.close(kept)

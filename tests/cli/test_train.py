@@ -102,6 +102,25 @@ def test_a_warning_is_one_line(cli: Cli) -> None:
 
 
 @pytest.mark.usefixtures("workplace")
+def test_the_command_to_resume_shows_no_secret(cli: Cli) -> None:
+    """A secret among the overrides is neither in what a run prints nor in what it keeps."""
+    outcome = cli(
+        "train",
+        "run.toml",
+        "run.num_steps=0",
+        "run.warmup_steps=0",
+        "strategy.extra_args.api_key=hunter2",
+        "strategy.extra_args.more={hub_token = 'hunter2'}",
+        "strategy.extra_args.plain=1",
+    )
+    assert outcome.code == 0
+    assert "strategy.extra_args.api_key=***" in outcome.out.replace("'", "")
+    assert "strategy.extra_args.plain=1" in outcome.out
+    kept = [path.read_bytes() for path in Path("run").rglob("*") if path.is_file()]
+    assert not any(b"hunter2" in text for text in [outcome.out.encode(), outcome.err.encode(), *kept])
+
+
+@pytest.mark.usefixtures("workplace")
 def test_a_directory_in_use_is_refused(cli: Cli) -> None:
     """Two runs never write to one directory at a time."""
     with open_run_dir("run"):

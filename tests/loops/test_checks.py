@@ -18,11 +18,7 @@ from lightrft.strategy import get_strategy
     ("settings", "message"),
     [
         ({"overlong_buffer": 4}, r"algorithm\.overlong_buffer=4 is more than engine\.max_new_tokens\(3\)"),
-        (
-            "algorithm",
-            {"dual_clip": 3.0, "loss": "cispo"},
-            r"algorithm\.dual_clip=3\.0 has no meaning for loss='cispo'",
-        ),
+        ({"dual_clip": 3.0, "loss": "cispo"}, r"algorithm\.dual_clip=3\.0 has no meaning for loss='cispo'"),
         ({"dual_clip": 3.0, "loss": "gspo"}, r"algorithm\.dual_clip=3\.0 has no meaning for loss='gspo'"),
         ({"dual_clip": 1.0}, r"algorithm\.dual_clip=1\.0 is not above 1"),
         ({"reward_running_norm_minus_mean": True}, "has no effect without algorithm.reward_running_norm"),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightrft.config.sections import AlgorithmConfig, ModelConfig
+from lightrft.errors import ConfigError
 from lightrft.loops.learn import Learned, learn
 from lightrft.models.build import build_model
 from lightrft.models.tokenizer import build_character_tokenizer
@@ -119,7 +120,7 @@ ALGORITHMS = {
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-@pytest.mark.parametrize("micro", [1, 4, NUM])
+@pytest.mark.parametrize("micro", [1, 3, NUM])
 def test_the_first_step_is_adamw_on_the_gradient_written_out(name: str, micro: int) -> None:
     """Whatever the loss and the micro-batches, the step equals torch's AdamW on the gradient from full logits."""
     algorithm = ALGORITHMS[name]
@@ -156,10 +157,16 @@ def test_later_steps_do_not_depend_on_the_micro_batches(loss: str) -> None:
         assert getattr(seen, name) == pytest.approx(getattr(also_seen, name), rel=1e-2, abs=1e-4)
 
 
+def test_a_batch_that_is_not_whole_micro_batches_is_refused() -> None:
+    """Micro-batches that do not fill the batch would make its steps larger than asked for."""
+    with pytest.raises(ConfigError, match=r"train_batch_size=6 is not divisible by micro_train_batch_size\(4\); use 4"):
+        run(AlgorithmConfig(), micro=4, batch=6)
+
+
 def test_what_is_reported_is_what_the_model_says() -> None:
     """Entropy is minus the mean logprob, kl the mean k3, the difference the largest one to the engine's logprobs."""
     algorithm = AlgorithmConfig(kl_coef=0.5)
-    _, learned = run(algorithm, micro=4)
+    _, learned = run(algorithm, micro=3)
     completions, _ = rollout()
     with torch.no_grad():
         logprobs = torch.cat([logprobs_of(model_of(1), completion)[0] for completion in completions])

@@ -120,6 +120,17 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
     assert metrics(config) == before
 
 
+def test_going_on_beside_a_finished_model_is_refused(tmp_path: Path) -> None:
+    """More steps in the directory of a finished run would leave its old model there as if it were the new one."""
+    config = tiny_config(tmp_path)
+    run(config)
+    before = metrics(config)
+    longer = attrs.evolve(config, run=attrs.evolve(config.run, num_steps=6))
+    with pytest.raises(ConfigError, match="holds the model of a finished run"):
+        run(longer)
+    assert metrics(config) == before
+
+
 def test_same_seed_same_bits_other_seed_other_bits(tmp_path: Path) -> None:
     """Two runs of one seed log the same bytes; another seed logs others."""
     config = tiny_config(tmp_path)
@@ -154,7 +165,7 @@ def test_settings_that_do_not_fit_are_refused_before_anything_starts(tmp_path: P
     """A batch that does not divide the rollout raises, and so does a warm-up on more problems than there are."""
     config = tiny_config(tmp_path)
     odd = attrs.evolve(config, strategy=attrs.evolve(config.strategy, train_batch_size=12))
-    with pytest.raises(ConfigError, match=r"12 does not divide prompts_per_step\(4\) \* num_samples\(4\) = 16"):
+    with pytest.raises(ConfigError, match=r"12 does not divide .*step\(4\) \* num_samples\(4\) = 16"):
         run(odd)
     greedy = attrs.evolve(config, run=attrs.evolve(config.run, warmup_size=57))
     with pytest.raises(ConfigError, match=r"warmup_size=57 is more than the 56 training problems"):

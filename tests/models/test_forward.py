@@ -192,3 +192,20 @@ def test_a_context_shorter_than_the_probe_is_checked_too(architecture: str) -> N
     """A model that takes fewer tokens than the probe would have is held to the same, with learnt positions too."""
     config = ModelConfig(architecture=architecture, hidden_size=16, num_layers=1, num_heads=2, max_length=3)
     check_head(build_model(config, TOKENIZER, seed=0))
+
+
+@pytest.mark.parametrize("is_reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(is_reentrant: bool) -> None:
+    """Layers that are computed again in the backward pass give the gradients of those that are kept."""
+    config = ModelConfig(hidden_size=128, num_layers=2, num_heads=4, max_length=128)
+    ids_BT = torch.arange(8 * 100).remainder(len(TOKENIZER)).view(8, 100)  # large enough for oneDNN
+    gradients = []
+    for is_repeated in (False, True):
+        model = build_model(config, TOKENIZER, seed=0).train()
+        if is_repeated:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": is_reentrant})
+            model.enable_input_require_grads()
+        hidden_BTH, _ = hidden_states_and_head(model, ids_BT)
+        hidden_BTH.square().sum().backward()
+        gradients.append(model.get_parameter("model.layers.0.mlp.up_proj.weight").grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-3)

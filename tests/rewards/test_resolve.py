@@ -40,8 +40,12 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "lightrft_test_rewards.py").write_text(
         "number = 3\ndef by_length(prompt, completion, answer):\n    return len(completion)\n"
+        "def of_two(prompt, completion):\n    return 1.0\n"
+        "async def later(prompt, completion, answer):\n    return 1.0\n"
+        "def one_by_one(prompt, completion, answer):\n    yield 1.0\n"
     )
     (tmp_path / "lightrft_test_broken.py").write_text("raise OSError('no weights')\n")
+    (tmp_path / "lightrft_test_script.py").write_text("import sys\nsys.exit()\n")
     return "lightrft_test_rewards"
 
 
@@ -64,6 +68,10 @@ def test_a_function_of_a_module_beside_the_user(module: str) -> None:
         ("lightrft_test_rewards:by_lenght", "names no function .*; did you mean 'by_length'"),
         ("lightrft_test_rewards:", "names no function"),
         ("lightrft_test_rewards:number", "is of type int, not a function"),
+        ("lightrft_test_rewards:of_two", r"does not take \(prompt, completion, answer\) \(too many positional"),
+        ("lightrft_test_rewards:later", "is a coroutine or generator"),
+        ("lightrft_test_rewards:one_by_one", "is a coroutine or generator"),
+        ("lightrft_test_script:f", "importing 'lightrft_test_script' raised SystemExit; "),
     ],
 )
 @pytest.mark.usefixtures("module")
@@ -144,6 +152,22 @@ def test_a_callable_without_a_name_goes_by_its_type() -> None:
 
     with pytest.raises(RewardError, match="reward='Mine' for prompt='p' raised ValueError; mend"):
         score(Mine(), ["p"], ["c"], ["a"])
+
+
+def test_a_reward_that_exits_is_an_error_and_no_end() -> None:
+    """`sys.exit` in a reward would end a run as if it were done."""
+
+    def leaves(prompt: str, completion: str, answer: str) -> float:
+        del prompt, completion, answer
+        sys.exit(0)
+
+    with pytest.raises(RewardError, match="reward='leaves' for prompt='p' raised SystemExit: 0; mend the function"):
+        score(leaves, ["p"], ["c"], ["a"])
+
+
+def test_a_function_without_a_signature_is_left_to_its_first_call() -> None:
+    """Some functions in C do not say what they take."""
+    assert resolve_reward("builtins:max", _problems(None)) is max
 
 
 def test_unequal_numbers_are_refused() -> None:

@@ -25,7 +25,7 @@ from lightrft.strategy import (
     registered_strategies,
 )
 from lightrft.strategy.assemble import assemble
-from lightrft.strategy.build import chosen_key
+from lightrft.strategy.build import chosen_key, strategy_config
 from lightrft.testing.signatures import signature_differences_of_record
 
 SINGLE = StrategyConfig(strategy="single", train_batch_size=2)
@@ -269,3 +269,10 @@ def test_a_misspelt_key_of_a_mapping_is_an_error_that_names_the_nearest() -> Non
     """A mapping is held to the names of settings; an object with attributes may have others."""
     with pytest.raises(ConfigError, match=r"max_norn.*did you mean 'max_norm'"):
         get_strategy({"strategy": "single", "max_norn": 1.0})
+
+
+def test_the_attributes_of_a_config_are_settings_again() -> None:
+    """`vars(config)` builds the strategy that `config` builds."""
+    config = StrategyConfig(strategy="single", max_norm=0.5, extra_args={"mine": 1})
+    assert strategy_config(vars(config)) == config
+    assert get_strategy(vars(config)).get_rank() == 0

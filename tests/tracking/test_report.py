@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -168,3 +169,16 @@ def test_a_page_that_cannot_be_written_names_its_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="taken"):
         write_report(tmp_path, tmp_path / "taken")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_page_never_takes_the_place_of_what_is_no_file(tmp_path: Path) -> None:
+    """A device or pipe stays what it is, and a link to a page stays a link."""
+    pipe, link, page = tmp_path / "pipe", tmp_path / "link.html", tmp_path / "page.html"
+    os.mkfifo(pipe)
+    with pytest.raises(FileExistsError, match="pipe"):
+        write_report(tmp_path, pipe)
+    assert pipe.is_fifo()
+    link.symlink_to(page)
+    assert write_report(tmp_path, link) == link
+    assert link.is_symlink()
+    assert page.read_text().startswith("<!DOCTYPE html>")
