@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightrft.config.root import Config
+from lightrft.config.strategy import StrategyConfig
 from lightrft.errors import ConfigError
 
 __all__ = ["check_settings"]
@@ -21,6 +22,7 @@ def check_settings(config: Config) -> None:
         >>> check_settings(Config())
     """
     _check_batches(config)
+    _check_engine(config)
     _check_lengths(config)
     _check_loss(config)
     if config.algorithm.reward_running_norm_minus_mean and not config.algorithm.reward_running_norm:
@@ -38,6 +40,14 @@ def _check_batches(config: Config) -> None:
             f"strategy.train_batch_size={size} does not divide algorithm.prompts_per_step("
             f"{algorithm.prompts_per_step}) * num_samples({algorithm.num_samples}) = {samples}; use {samples} or a "
             "divisor of it."
+        )
+
+
+def _check_engine(config: Config) -> None:
+    named, used = config.strategy.engine_type, config.engine.type
+    if named not in {used, StrategyConfig().engine_type}:
+        raise ConfigError(
+            f"strategy.engine_type={named!r} is not engine.type={used!r}, which a run uses; set that one alone."
         )
 
 

@@ -1,4 +1,4 @@
-"""Stopping at a step boundary: SIGINT and SIGTERM become a question that the loop asks."""
+"""Stopping at a step boundary: SIGINT, SIGTERM and SIGHUP become a question that the loop asks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 
 __all__ = ["ShouldStop", "never_stop", "stop_on_signals"]
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class ShouldStop(Protocol):
@@ -28,13 +28,16 @@ def never_stop() -> str | None:
 
 @contextmanager
 def stop_on_signals() -> Generator[ShouldStop]:
-    """Yield a function that tells whether SIGINT or SIGTERM has come.
+    """Yield a function that tells whether SIGINT, SIGTERM or SIGHUP (a terminal that closed) has come.
+
+    A signal that the process ignores, as SIGHUP under nohup, stays ignored.
 
     The first signal only takes note; a second one ends the process at once, as without this context. To be entered from
     the main thread, where Python delivers signals.
     """
     received: list[str] = []
     before = {number: signal.getsignal(number) for number in _SIGNALS}
+    heeded = [number for number, handler in before.items() if handler != signal.SIG_IGN]
 
     def restore() -> None:
         for number, handler in before.items():
@@ -48,7 +51,7 @@ def stop_on_signals() -> Generator[ShouldStop]:
     def should_stop() -> str | None:
         return received[0] if received else None
 
-    for number in _SIGNALS:
+    for number in heeded:
         signal.signal(number, take_note)
     try:
         yield should_stop

@@ -90,7 +90,8 @@ def learn(
     if train_batch_size % micro_train_batch_size:
         raise ConfigError(
             f"train_batch_size={train_batch_size} is not divisible by micro_train_batch_size("
-            f"{micro_train_batch_size}); use {train_batch_size // micro_train_batch_size * micro_train_batch_size or micro_train_batch_size}."
+            f"{micro_train_batch_size}); use "
+            f"{train_batch_size // micro_train_batch_size * micro_train_batch_size or micro_train_batch_size}."
         )
     device = next(trainable.model.parameters()).device
     temperature = temperature or 1.0

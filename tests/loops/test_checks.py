@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import attrs
 import pytest
 from runs import parts_of, tiny_config
 
@@ -41,3 +42,12 @@ def test_settings_at_their_limits_pass(tmp_path: Path) -> None:
     """Bounds that are just reached, and a dual clip for the loss that has one, are no contradiction."""
     check_settings(tiny_config(tmp_path, overlong_buffer=3, dual_clip=1.5, reward_running_norm=True))
     check_settings(Config())
+
+
+def test_two_names_for_the_engine_are_refused(tmp_path: Path) -> None:
+    """A run takes `engine.type`; another name under `strategy` would be ignored, so it is an error."""
+    config = tiny_config(tmp_path)
+    other = attrs.evolve(config, strategy=attrs.evolve(config.strategy, engine_type="scripted"))
+    with pytest.raises(ConfigError, match=r"engine_type='scripted' is not engine\.type='hf'"):
+        check_settings(other)
+    check_settings(attrs.evolve(other, engine=attrs.evolve(config.engine, type="scripted")))

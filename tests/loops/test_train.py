@@ -180,7 +180,18 @@ def test_a_state_comes_back_from_json() -> None:
         state_from_json({"step": 3})
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """Under nohup a closing terminal does not stop the run."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals() as should_stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert should_stop() is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_asks_and_the_second_one_acts(number: signal.Signals) -> None:
     """The first signal is only noted; the handlers from before are back for the second, and after the block."""
     before = signal.getsignal(number)

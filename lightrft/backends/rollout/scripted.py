@@ -17,6 +17,7 @@ import torch
 from lightrft.backends.rollout.lifecycle import guarded
 from lightrft.backends.rollout.weights import ModelCopy, check_coverage, copy_model, write_tensors
 from lightrft.errors import ConfigError, DataError, UnsupportedError
+from lightrft.models.tokenizer import encode_text
 from lightrft.strategy.protocols.rollout import Completion, Engine, EngineHandle, EngineSource, Prompt, SamplingParams
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def build_scripted(config: EngineConfig) -> Engine:
         if config.script and source.tokenizer is None:
             raise ConfigError(f"script={config.script!r} is text and there is no tokenizer; pass tokenizer=.")
         script = tuple(
-            tuple(source.tokenizer.encode(text, add_special_tokens=False))
+            tuple(encode_text(source.tokenizer, text, where=text))
             for text in config.script
             if source.tokenizer is not None
         )

@@ -10,6 +10,7 @@ from lightrft.backends.rollout.scripted import build_scripted
 from lightrft.backends.rollout.weights import copy_model, write_tensors
 from lightrft.config.sections import EngineConfig
 from lightrft.errors import ConfigError, DataError, UnsupportedError, WeightSyncError
+from lightrft.models.tokenizer import build_character_tokenizer
 from lightrft.strategy.protocols.rollout import EngineHandle, EngineSource, Prompt, SamplingParams
 
 
@@ -129,3 +130,11 @@ def test_a_model_that_cannot_be_copied_is_refused() -> None:
     model.cache.kept = model(torch.tensor([1]))  # not a leaf: torch refuses to copy it
     with pytest.raises(UnsupportedError, match="cannot be copied"):
         copy_model(model)
+
+
+def test_a_script_that_the_tokenizer_cannot_read_names_the_character() -> None:
+    """A character outside of the alphabet is named when the engine starts."""
+    tokenizer = build_character_tokenizer("abc")
+    config = EngineConfig(type="scripted", script=("abz",))
+    with pytest.raises(DataError, match="'abz' holds 'z'"):
+        build_scripted(config).start(EngineSource(model=tiny_model(), tokenizer=tokenizer))
