@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lightrft.errors import ConfigError, DataError, UnsupportedError
+from lightrft.onednn import linear_operator
 
 __all__ = [
     "ChunkStatistics",
@@ -341,10 +342,18 @@ def add_head_gradients(
         operand_CV = torch.div(gradient_CV, sums_C[:, None], out=workspace.narrow_CV[: gradient_CV.shape[0]])
         scale_C1 = scale_C1 * sums_C[:, None]
     if gradients.hidden_NH is not None:
-        torch.mm(operand_CV, inputs.weight_VH.detach(), out=gradients.hidden_NH[rows]).mul_(scale_C1)
+        _multiply(operand_CV, inputs.weight_VH.detach(), gradients.hidden_NH[rows]).mul_(scale_C1)
     if gradients.weight_VH is not None:
         scaled_CH = (inputs.hidden_NH[rows] * scale_C1).to(operand_CV.dtype)
         if gradients.weight_VH.dtype == operand_CV.dtype:
             gradients.weight_VH.addmm_(operand_CV.t(), scaled_CH)
         else:
             gradients.weight_VH.add_(torch.mm(operand_CV.t(), scaled_CH))
+
+
+def _multiply(left_CV: Tensor, right_VH: Tensor, result_CH: Tensor) -> Tensor:
+    """Write left @ right into the result, which is small beside both, and return it."""
+    operator = linear_operator(left_CV, right_VH.t())
+    if operator is None:
+        return torch.mm(left_CV, right_VH, out=result_CH)
+    return result_CH.copy_(operator(left_CV, right_VH.t(), None, "none", [], ""))
