@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import attrs
 
 from lightrft.config.root import Config
-from lightrft.errors import ConfigError
+from lightrft.errors import CheckpointError, ConfigError
 from lightrft.loops.checks import check_settings
 from lightrft.loops.interrupt import ShouldStop, never_stop
 from lightrft.loops.parts import Parts
@@ -58,6 +59,7 @@ def train(
     Raises:
         ConfigError: settings that do not fit together.
         UnsupportedError: a model whose logits are not those that the losses are formed from.
+        CheckpointError: the directory holds the finished model of another run.
         InterruptedRunError: the run was asked to stop; its checkpoint is written.
     """
     check_settings(config)
@@ -66,7 +68,6 @@ def train(
     strategy.setup_distributed()
     done = strategy.latest_ckpt(checkpoint_dir(config))
     warmup_steps = config.run.warmup_steps
-    _check_unfinished(config, is_finished=done == warmup_steps + config.run.num_steps)
     run.tracker.resume(-1 if done is None else done)
     if warmup_steps and (done is None or done < warmup_steps):
         warm_up(run, resume=done is not None)
@@ -90,20 +91,15 @@ def _check_parts(strategy: StrategyProtocol, config: Config, parts: Parts) -> No
     check_head(strategy.unwrap_model(parts.model))
 
 
-def _check_unfinished(config: Config, *, is_finished: bool) -> None:
-    """Refuse to train beside the model of another run, which the one of this run could not replace."""
-    if not is_finished and _model_dir(config).exists():
-        raise ConfigError(
-            f"run.dir={config.run.dir!r} holds the model of a finished run; choose another directory, or move it away."
-        )
-
-
-def _model_dir(config: Config) -> Path:
-    return Path(config.run.dir) / "model"
-
-
 def _export(run: Run, learner: Learner) -> None:
     """Write the finished model in the Hugging Face layout, once."""
-    target = _model_dir(run.config)
+    strategy, actor = run.strategy, learner.actor.model
+    target = Path(run.config.run.dir) / "model"
     if not target.exists():
-        run.strategy.save_model(learner.actor.model, target, tokenizer=run.parts.tokenizer)
+        strategy.save_model(actor, target, tokenizer=run.parts.tokenizer)
+        return
+    written = copy.deepcopy(strategy.unwrap_model(actor))
+    strategy.load_model(written, target)
+    tensors = dict(strategy.named_tensors(actor))
+    if not all(tensors[name].equal(tensor) for name, tensor in strategy.named_tensors(written)):
+        raise CheckpointError(f"{target} holds another model than this run's; move it away and run the same again.")
