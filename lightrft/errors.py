@@ -11,10 +11,12 @@ from collections.abc import Iterable
 
 __all__ = [
     "CheckpointError",
+    "CollectiveError",
     "ConfigError",
     "DataError",
     "EngineStateError",
     "InterruptedRunError",
+    "LawError",
     "LightRFTError",
     "MissingPackageError",
     "RewardError",
@@ -52,6 +54,10 @@ class RewardError(LightRFTError, ValueError):
     """A reward function that raised, or returned something that is not a finite number."""
 
 
+class CollectiveError(LightRFTError, RuntimeError):
+    """Ranks that do not agree on a collective; the message names the rank and the difference."""
+
+
 class StepError(LightRFTError, RuntimeError):
     """A training call in an order that has no meaning, such as a step without a backward."""
 
@@ -70,6 +76,10 @@ class CheckpointError(LightRFTError, RuntimeError):
 
 class InterruptedRunError(LightRFTError, RuntimeError):
     """A run that was asked to stop and did, at a step boundary and with a checkpoint."""
+
+
+class LawError(LightRFTError, AssertionError):
+    """A law that does not hold for a strategy or an engine; the message says what was seen and what must be."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightrft.strategy.protocols.capabilities import Capabilities
 from lightrft.strategy.protocols.checkpointing import Checkpointing
 from lightrft.strategy.protocols.collectives import Collectives
 from lightrft.strategy.protocols.rollout import Rollout
@@ -12,7 +13,12 @@ __all__ = ["assemble"]
 
 
 def assemble(
-    *, collectives: Collectives, training: Training, checkpointing: Checkpointing, rollout: Rollout
+    *,
+    collectives: Collectives,
+    training: Training,
+    checkpointing: Checkpointing,
+    rollout: Rollout,
+    capabilities: Capabilities,
 ) -> Strategy:
     """Return the strategy that has the functions of the four parts; a whole strategy may stand for any part.
 
@@ -21,8 +27,10 @@ def assemble(
         training: what is done to models and optimizers.
         checkpointing: what is kept on disk.
         rollout: how completions are made.
+        capabilities: what the whole can do.
     """
     return Strategy(
+        capabilities=capabilities,
         setup_distributed=collectives.setup_distributed,
         teardown=collectives.teardown,
         all_reduce=collectives.all_reduce,

@@ -17,7 +17,7 @@ import attrs
 from lightrft.errors import ConfigError, StepError, nearest
 from lightrft.strategy.calls import Call, call_of
 from lightrft.strategy.protocols.training import StepResult
-from lightrft.strategy.record import Strategy
+from lightrft.strategy.record import FUNCTIONS, Strategy
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +140,7 @@ def with_wrapped_functions(strategy: Strategy, wrap: WrapFunction) -> Strategy:
         strategy: any strategy.
         wrap: makes the new function of (field, old function).
     """
-    wrapped = {field.name: wrap(field.name, getattr(strategy, field.name)) for field in attrs.fields(Strategy)}
+    wrapped = {name: wrap(name, getattr(strategy, name)) for name in FUNCTIONS}
     return _evolved(strategy, wrapped)
 
 
@@ -223,7 +223,6 @@ def with_faults(strategy: Strategy, plans: Mapping[str, FaultPlan]) -> Strategy:
     Raises:
         ConfigError: a field is unknown.
     """
-    known = [field.name for field in attrs.fields(Strategy)]
 
     def wrap(plan: FaultPlan, function: Callable[_Params, _Result]) -> Callable[_Params, _Result]:
         @functools.wraps(function)
@@ -236,8 +235,8 @@ def with_faults(strategy: Strategy, plans: Mapping[str, FaultPlan]) -> Strategy:
         return faulty
 
     for name in plans:
-        if name not in known:
-            raise ConfigError(f"plans={name!r} is no function of a strategy; {nearest(name, known)}.")
+        if name not in FUNCTIONS:
+            raise ConfigError(f"plans={name!r} is no function of a strategy; {nearest(name, FUNCTIONS)}.")
     return _evolved(strategy, {name: wrap(plan, getattr(strategy, name)) for name, plan in plans.items()})
 
 

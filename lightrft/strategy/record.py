@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import attrs
 
+from lightrft.strategy.protocols.capabilities import Capabilities
 from lightrft.strategy.protocols.checkpointing import LatestCkpt, LoadCkpt, LoadModel, SaveCkpt, SaveModel
 from lightrft.strategy.protocols.collectives import (
     AllGather,
@@ -41,17 +42,18 @@ from lightrft.strategy.protocols.training import (
     UnwrapModel,
 )
 
-__all__ = ["Strategy"]
+__all__ = ["FUNCTIONS", "Strategy"]
 
 
 @attrs.frozen(kw_only=True, eq=False)
 class Strategy:
-    """The functions of one strategy, flat; each field's contract stands on its callback protocol.
+    """What one strategy can do, and its functions, flat; the contract of each stands on its callback protocol.
 
     A strategy holds no state: what changes lives in the models, optimizers and engines that are passed in. Change a
     field with `attrs.evolve`, or with the transforms of `lightrft.strategy.compose`.
     """
 
+    capabilities: Capabilities
     # collectives
     setup_distributed: SetupDistributed
     teardown: Teardown
@@ -90,3 +92,7 @@ class Strategy:
     update_engine_weights: UpdateEngineWeights
     maybe_sleep_inference_engine: MaybeSleepInferenceEngine
     wakeup_inference_engine: WakeupInferenceEngine
+
+
+FUNCTIONS = tuple(field.name for field in attrs.fields(Strategy) if field.name != "capabilities")
+"""Names of the fields that are functions."""

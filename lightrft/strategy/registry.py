@@ -38,6 +38,7 @@ def _build_single(config: StrategyConfig) -> Strategy:
             named_tensors=training.named_tensors,
             unwrap_model=training.unwrap_model,
         ),
+        capabilities=frozenset({"bf16"}),
     )
 
 

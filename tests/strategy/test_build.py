@@ -108,7 +108,9 @@ def test_a_strategy_of_one_s_own_is_one_argument() -> None:
     def build_mine(config: StrategyConfig) -> Strategy:
         seen.append(config)
         single = STRATEGIES["single"](config)
-        return assemble(collectives=single, training=single, checkpointing=single, rollout=single)
+        return assemble(
+            collectives=single, training=single, checkpointing=single, rollout=single, capabilities=single.capabilities
+        )
 
     strategy = get_strategy(
         {"strategy": "mine", "train_batch_size": 2, "extra_args": {"option": 5}},

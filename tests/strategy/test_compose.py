@@ -33,9 +33,8 @@ from lightrft.strategy.compose import (
     with_recording,
     with_timing,
 )
+from lightrft.strategy.record import FUNCTIONS
 from lightrft.testing.signatures import signature_differences_of_record
-
-FIELDS = [field.name for field in attrs.fields(Strategy)]
 
 
 def single(**changes: object) -> Strategy:
@@ -55,7 +54,7 @@ def recorded(strategy: Strategy) -> Strategy:
 
 
 def faulty(strategy: Strategy) -> Strategy:
-    return with_faults(strategy, {name: FaultPlan(at=10**9, error=RuntimeError()) for name in FIELDS})
+    return with_faults(strategy, {name: FaultPlan(at=10**9, error=RuntimeError()) for name in FUNCTIONS})
 
 
 def averaged(strategy: Strategy) -> Strategy:
@@ -93,7 +92,7 @@ def test_wrapped_functions_keep_their_signatures(name: str) -> None:
     plain = single()
     strategy = TRANSFORMS[name](plain)
     assert signature_differences_of_record(strategy) == []
-    for field in FIELDS:
+    for field in FUNCTIONS:
         assert inspect.signature(getattr(strategy, field)) == inspect.signature(getattr(plain, field))
         assert getattr(strategy, field).__name__ == getattr(plain, field).__name__
 

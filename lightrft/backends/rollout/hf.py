@@ -99,6 +99,7 @@ def build_hf(config: EngineConfig) -> Engine:
         handle.state = None
 
     engine = Engine(
+        capabilities=frozenset({"sampling"}),
         start=start,
         generate=generate,
         begin_update=begin_update,

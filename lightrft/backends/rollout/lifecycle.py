@@ -106,6 +106,7 @@ def guarded(engine: Engine) -> Engine:
             engine.close(handle)
 
     guarded_engine = Engine(
+        capabilities=engine.capabilities,
         start=start,
         generate=generate,
         begin_update=begin_update,

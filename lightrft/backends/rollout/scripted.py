@@ -54,6 +54,7 @@ def build_scripted(config: EngineConfig) -> Engine:
 
     def generate(handle: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
         state = _state(handle)
+        _check_sampling(sampling)
         completions: list[Completion] = []
         for index, prompt in enumerate(prompts):
             _check_prompt(prompt, index)
@@ -79,6 +80,7 @@ def build_scripted(config: EngineConfig) -> Engine:
         handle.state = None
 
     engine = Engine(
+        capabilities=frozenset(),
         start=start,
         generate=generate,
         begin_update=begin_update,
@@ -96,6 +98,19 @@ def build_scripted(config: EngineConfig) -> Engine:
 def _state(handle: EngineHandle) -> _State:
     assert isinstance(handle.state, _State)  # noqa: S101 (the handle was made by `start` above)
     return handle.state
+
+
+def _check_sampling(sampling: SamplingParams) -> None:
+    settings = {
+        "top_p": (sampling.top_p, 1.0),
+        "top_k": (sampling.top_k, 0),
+        "min_new_tokens": (sampling.min_new_tokens, 0),
+    }
+    for name, (value, off) in settings.items():
+        if value != off:
+            raise UnsupportedError(
+                f"{name}={value!r} chooses among tokens and the engine 'scripted' draws none; leave it at {off!r}."
+            )
 
 
 def _check_prompt(prompt: Prompt, index: int) -> None:

@@ -1,5 +1,6 @@
 """Contracts and laws, one module per concern; a loop asks for the least it needs."""
 
+from lightrft.strategy.protocols.capabilities import CAPABILITIES, Capabilities, Capability
 from lightrft.strategy.protocols.checkpointing import Checkpointable, Checkpointing, Json, LoadedCheckpoint
 from lightrft.strategy.protocols.collectives import Collectives, ReduceOp, TensorTree, World
 from lightrft.strategy.protocols.rollout import (
@@ -19,8 +20,11 @@ from lightrft.strategy.protocols.strategy import BuildStrategy, StrategyProtocol
 from lightrft.strategy.protocols.training import MemoryReport, StepResult, Trainable, Training
 
 __all__ = [
+    "CAPABILITIES",
     "BuildEngine",
     "BuildStrategy",
+    "Capabilities",
+    "Capability",
     "Checkpointable",
     "Checkpointing",
     "Collectives",

@@ -9,6 +9,7 @@ import attrs
 
 from lightrft.config._checks import at_least, between
 from lightrft.config.sections import EngineConfig
+from lightrft.strategy.protocols.capabilities import Capabilities
 
 if TYPE_CHECKING:
     import torch
@@ -228,7 +229,7 @@ class Generate(Protocol):
         Raises:
             EngineStateError: the engine is not awake.
             DataError: a prompt is empty, or does not fit into the model's context; its index is named.
-            UnsupportedError: the engine cannot take images.
+            UnsupportedError: the engine cannot do what the request asks for, such as images; see `CAPABILITIES`.
         """
         ...
 
@@ -380,8 +381,9 @@ class EngineProtocol(Protocol):
 
 @attrs.frozen(kw_only=True, eq=False)
 class Engine:
-    """The functions of one kind of engine: the record behind `EngineProtocol`."""
+    """The functions of one kind of engine, the record behind `EngineProtocol`, and what it can do."""
 
+    capabilities: Capabilities
     start: StartEngine
     generate: Generate
     begin_update: BeginUpdate

@@ -1,0 +1,24 @@
+"""What a backend says of itself, so that its laws can be chosen without trying it."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Literal, TypeAlias
+
+__all__ = ["CAPABILITIES", "Capabilities", "Capability"]
+
+Capability: TypeAlias = Literal["bf16", "images", "ranks", "sampling"]
+"""Something that not every backend can do. What is claimed obeys its laws; what is not raises `UnsupportedError`."""
+
+Capabilities: TypeAlias = frozenset[Capability]
+"""What one strategy or engine claims."""
+
+CAPABILITIES = MappingProxyType(
+    {
+        "bf16": "a strategy computes in bfloat16 over float32 parameters; without it, bf16=True is refused",
+        "images": "an engine takes prompts with images; without it, such prompts are refused",
+        "ranks": "a strategy trains in more than one process; without it, building it in one of several is refused",
+        "sampling": "an engine draws tokens from the policy; without it, top_k, top_p and min_new_tokens are refused",
+    }
+)
+"""What each capability means, claimed and not."""
