@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 # ruff: noqa: ARG001 (a law is handed the harness, wanted or not)
-
 import attrs
 import hypothesis
 import pytest
