@@ -39,12 +39,14 @@ class _Options:
         path: the configuration file.
         overrides: settings that replace its own.
         is_quiet: whether progress is left out.
+        is_checked: whether every call is held to the laws.
         words: what the command was given, but for options that only change what it prints.
     """
 
     path: str | None
     overrides: tuple[str, ...]
     is_quiet: bool
+    is_checked: bool
     words: tuple[str, ...]
 
 
@@ -52,6 +54,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strategy", metavar="KEY", help="the same as strategy.strategy=KEY")
     parser.add_argument("--engine", metavar="KEY", help="the same as engine.type=KEY")
     parser.add_argument("--print-config", action="store_true", help="print every setting as TOML and end")
+    parser.add_argument("--checked", action="store_true", help="hold every call of the strategy to the laws; slower")
     parser.add_argument("--quiet", action="store_true", help="print no progress")
 
 
@@ -81,6 +84,7 @@ def _options(args: argparse.Namespace, words: Sequence[str]) -> _Options:
         path=paths[0] if paths else None,
         overrides=(*(word for word in words if "=" in word), *flags),
         is_quiet=args.quiet,
+        is_checked=args.checked,
         words=(*words, *_again(args)),
     )
 
@@ -95,7 +99,8 @@ def _without_secret(word: str) -> str:
 
 def _again(args: argparse.Namespace) -> list[str]:
     given = {"--strategy": args.strategy, "--engine": args.engine}
-    return [word for option, key in given.items() if key is not None for word in (option, key)]
+    keys = [word for option, key in given.items() if key is not None for word in (option, key)]
+    return [*keys, *(["--checked"] if args.checked else [])]
 
 
 def _train(config: Config, options: _Options, directory: Path, should_stop: ShouldStop) -> None:
@@ -106,9 +111,10 @@ def _train(config: Config, options: _Options, directory: Path, should_stop: Shou
     from lightrft.loops.train import train
     from lightrft.strategy import get_strategy
     from lightrft.strategy.registry import find_engine
+    from lightrft.testing.checked import checked
 
     set_threads(config.run.threads)
-    strategy = get_strategy(config)
+    strategy = checked(get_strategy(config)) if options.is_checked else get_strategy(config)
     find_engine(config.engine.type)  # said now, and not after the warm-up
     done = strategy.latest_ckpt(checkpoint_dir(config))
     bind_config(directory, config, is_resumed=done is not None)

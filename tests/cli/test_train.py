@@ -43,6 +43,18 @@ def test_a_run_from_beginning_to_end_and_again(cli: Cli, workplace: Path) -> Non
 
 
 @pytest.mark.usefixtures("workplace")
+def test_a_checked_run_is_the_same(cli: Cli) -> None:
+    """`--checked` holds a run to the laws and changes no bit of what it logs; the line that resumes keeps it."""
+    short = ("run.warmup_steps=2", "run.num_steps=2", "run.evaluate_every=1")
+    assert cli("train", "run.toml", *short).code == 0
+    checked = cli("train", "run.toml", *short, "run.dir=held", "--checked")
+    assert (checked.code, checked.err) == (0, "")
+    assert channel_path("held", "metrics").read_bytes() == channel_path("run", "metrics").read_bytes()
+    assert "resume    lightrft train run.toml" in checked.out
+    assert "--checked\n" in checked.out
+
+
+@pytest.mark.usefixtures("workplace")
 def test_what_would_change_a_resumed_run_is_refused(cli: Cli) -> None:
     """Settings that differ from those of the checkpoint are named with both values; some may change."""
     short = ("run.warmup_steps=0", "run.num_steps=1")

@@ -18,7 +18,7 @@ from lightrft.strategy.protocols.rollout import (
 )
 from lightrft.strategy.record import Strategy
 from lightrft.testing.checked.verdict import require
-from lightrft.testing.completions import completions_problem
+from lightrft.testing.requests import completions_problem
 from lightrft.testing.digests import changed_names, digests
 
 __all__ = ["with_checked_rollout"]

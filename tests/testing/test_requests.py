@@ -8,7 +8,7 @@ import attrs
 import pytest
 
 from lightrft.strategy import Completion, Prompt, SamplingParams
-from lightrft.testing.completions import completions_problem
+from lightrft.testing.requests import completions_problem
 
 PROMPTS = [Prompt(token_ids=(1, 2)), Prompt(token_ids=(3,))]
 SAMPLING = SamplingParams(n=2, max_new_tokens=2, stop_token_ids=(0,))
