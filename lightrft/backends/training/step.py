@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -14,7 +15,20 @@ from lightrft.backends.training.window import end_micro_batch, mark_backward
 from lightrft.errors import StepError
 from lightrft.strategy.protocols.training import Backward, OptimizerStep, StepResult
 
-__all__ = ["build_backward", "build_optimizer_step"]
+__all__ = ["ReduceGradients", "build_backward", "build_optimizer_step"]
+
+
+class ReduceGradients(Protocol):
+    """Makes the gradients of a complete window those of all ranks."""
+
+    def __call__(self, model: nn.Module, optimizer: Optimizer, /) -> None:
+        """Replace each gradient by its sum over ranks, of the same bits on all of them.
+
+        Args:
+            model: names the parameters.
+            optimizer: holds those that are trained.
+        """
+        ...
 
 
 def build_backward(*, accumulation_steps: int) -> Backward:
@@ -44,12 +58,15 @@ def _loss_problem(loss: torch.Tensor) -> str:
     return "loss asks for no gradient; compute it from the model's output, outside torch.no_grad()."
 
 
-def build_optimizer_step(*, max_norm: float, accumulation_steps: int) -> OptimizerStep:
+def build_optimizer_step(
+    *, max_norm: float, accumulation_steps: int, reduce_gradients: ReduceGradients | None = None
+) -> OptimizerStep:
     """Return the function that ends a micro-batch, and the window when it is complete.
 
     Args:
         max_norm: bound on the global gradient norm; 0 means none.
         accumulation_steps: micro-batches of a window.
+        reduce_gradients: called once a window, before its norm is taken; None where one rank has the whole gradient.
     """
 
     def optimizer_step(
@@ -58,6 +75,8 @@ def build_optimizer_step(*, max_norm: float, accumulation_steps: int) -> Optimiz
         learning_rate = float(optimizer.param_groups[0]["lr"])
         if not end_micro_batch(optimizer, steps=accumulation_steps, is_boundary=is_boundary):
             return StepResult(stepped=False, grad_norm=None, learning_rate=learning_rate, skipped_reason=None)
+        if reduce_gradients is not None:
+            reduce_gradients(model, optimizer)
         norm = clip_gradients(optimizer, max_norm)
         reason = None if math.isfinite(norm) else not_finite_reason(norm, model, optimizer)
         if reason is None:
