@@ -20,9 +20,10 @@ def digest(tensor: torch.Tensor) -> str:
         >>> digest(torch.tensor([0.0])) == digest(torch.tensor([-0.0]))
         False
     """
-    whole = tensor.detach().cpu().contiguous()
-    hashed = hashlib.blake2b(f"{whole.dtype}{tuple(whole.shape)}".encode(), digest_size=16)
-    hashed.update(whole.reshape(-1).view(torch.uint8).numpy().data)  # bytes, because numpy knows no bfloat16
+    # a copy, because a tensor of one element may keep a stride that no view of its bytes can have
+    whole = tensor.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
+    hashed = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=16)
+    hashed.update(whole.view(torch.uint8).numpy().data)  # bytes, because numpy knows no bfloat16
     return hashed.hexdigest()
 
 

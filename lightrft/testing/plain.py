@@ -58,9 +58,10 @@ def _converter() -> Converter:
 
 
 def _plain_of_tensor(tensor: torch.Tensor) -> dict[str, object]:
-    whole = tensor.detach().cpu().contiguous()
+    # a copy, because a tensor of one element may keep a stride that no view of its bytes can have
+    whole = tensor.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
     # bytes by way of uint8, because numpy knows no bfloat16
-    data = whole.reshape(-1).view(torch.uint8).numpy().tobytes()
+    data = whole.view(torch.uint8).numpy().tobytes()
     return {
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "shape": list(tensor.shape),

@@ -54,6 +54,13 @@ def test_a_tensor_keeps_dtype_shape_and_bits(dtype: torch.dtype, shape: tuple[in
     assert torch.equal(back.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
 
 
+def test_a_single_element_of_a_larger_tensor_survives() -> None:
+    """A tensor of one element, or of none, comes back whatever its strides are."""
+    table = torch.arange(6.0).reshape(3, 2)
+    for tensor in (table[1:2, 1], table[::2, 0][:1], table.T[:, :0], table[1, 1]):
+        assert torch.equal(from_json(to_json(tensor, torch.Tensor), torch.Tensor), tensor)
+
+
 def test_values_that_are_no_numbers_survive() -> None:
     """NaN and both infinities come back, in tensors that are no contiguous memory too."""
     tensor = torch.tensor([[math.nan, math.inf], [-math.inf, -0.0]]).T

@@ -5,9 +5,10 @@ save_dir/
     manifest.json                   size and digest of every other file
     client_state.json               what the user passed
     rank-00000.random.json          random streams of rank 0; one file a rank
+    rank-00000.<name>.gradients.safetensors
+                                    gradients that rank 0 has in an open accumulation window; if there are any
     <name>.model.safetensors        parameters and persistent buffers
     <name>.optimizer.safetensors    optimizer state by parameter; of trained models alone
-    <name>.gradients.safetensors    gradients of an open accumulation window; if there are any
     <name>.state.json               tied names, optimizer groups, schedule
 """
 
@@ -106,9 +107,9 @@ def optimizer_file(name: str) -> str:
     return f"{name}.optimizer.safetensors"
 
 
-def gradients_file(name: str) -> str:
-    """Return the file of a model's accumulated gradients."""
-    return f"{name}.gradients.safetensors"
+def gradients_file(name: str, rank: int) -> str:
+    """Return the file of a model's gradients that a rank has accumulated; ranks add them up when a window ends."""
+    return f"rank-{rank:05d}.{name}.gradients.safetensors"
 
 
 def state_file(name: str) -> str:

@@ -120,7 +120,8 @@ def _load(
 
 def _plan(path: Path, manifest: Manifest, entries: Sequence[Entry], world: World) -> Callable[[], None]:
     _require_files(path, manifest, entries)
-    plans = [plan_entry(entry, path, manifest.files) for entry in entries]
+    _require_whole_window(path, manifest, entries, world)
+    plans = [plan_entry(entry, path, manifest.files, rank=world.rank) for entry in entries]
     restore_streams = plan_streams(path, rank=world.rank, world_size=manifest.world_size)
 
     def restore() -> None:
@@ -134,12 +135,25 @@ def _require_files(path: Path, manifest: Manifest, entries: Sequence[Entry]) -> 
     names = [entry.name for entry in entries]
     expected = {CLIENT_STATE, *(random_file(rank) for rank in range(manifest.world_size))}
     expected |= {file(name) for name in names for file in (model_file, state_file)}
-    optional = {file(name) for name in names for file in (optimizer_file, gradients_file)} & set(manifest.files)
-    files: Mapping[str, object] = dict.fromkeys(expected | optional, "file")
+    optional = {optimizer_file(name) for name in names} | _gradients_files(manifest, entries)
+    files: Mapping[str, object] = dict.fromkeys(expected | optional & set(manifest.files), "file")
     words = difference(saved=dict.fromkeys(manifest.files, "file"), live=files)
     if words is not None:
         raise CheckpointError(
             f"{path} {words} (the call has the models {', '.join(names)}); pass what was saved, under its names."
+        )
+
+
+def _gradients_files(manifest: Manifest, entries: Sequence[Entry]) -> set[str]:
+    return {gradients_file(entry.name, rank) for entry in entries for rank in range(manifest.world_size)}
+
+
+def _require_whole_window(path: Path, manifest: Manifest, entries: Sequence[Entry], world: World) -> None:
+    # what a rank has accumulated is its own share of the window, and the position counts micro-batches of a rank
+    if world.world_size != manifest.world_size and _gradients_files(manifest, entries) & set(manifest.files):
+        raise CheckpointError(
+            f"{path} was saved by {manifest.world_size} ranks inside an accumulation window, and world_size is "
+            f"{world.world_size}; load it with {manifest.world_size} ranks, or one that was saved between two windows."
         )
 
 

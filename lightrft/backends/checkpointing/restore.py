@@ -40,13 +40,14 @@ class RestorePlan:
     tensors: Sequence[Callable[[], None]]
 
 
-def plan_entry(entry: Entry, directory: Path, files: Mapping[str, object]) -> RestorePlan:
+def plan_entry(entry: Entry, directory: Path, files: Mapping[str, object], *, rank: int) -> RestorePlan:
     """Return what restoring the entry will do; the live state is only read.
 
     Args:
         entry: the live model with what trains it.
         directory: a verified checkpoint.
         files: its files by name.
+        rank: number of this process, whose share of the gradients is restored.
 
     Raises:
         CheckpointError: names, shapes, dtypes or ties differ; the message names them and the file.
@@ -61,7 +62,7 @@ def plan_entry(entry: Entry, directory: Path, files: Mapping[str, object]) -> Re
     saved = read_tensors(model_path)
     _require_equal(model_path, "parameters and buffers", saved=describe(saved), live=describe(model.tensors))
     restore = [copy_plan(live, saved[name], f"{model_path}: {name}") for name, live in model.tensors.items()]
-    restore += _plan_gradients(model, directory / gradients_file(entry.name), files)
+    restore += _plan_gradients(model, directory / gradients_file(entry.name, rank), files)
     restore += _plan_optimizer(entry, model, record, directory)
     return _plan_schedule(entry, record.get("scheduler"), record_path, restore)
 

@@ -34,7 +34,7 @@ from lightrft.backends.checkpointing.lossless import as_dict, dumps, encode_clie
 from lightrft.backends.checkpointing.manifest import Manifest, render_manifest
 from lightrft.backends.checkpointing.randomness import capture_streams, set_up_quietly
 from lightrft.backends.checkpointing.retention import keep_newest
-from lightrft.backends.checkpointing.state import entry_files
+from lightrft.backends.checkpointing.state import entry_files, gradient_files
 from lightrft.errors import CheckpointError, ConfigError
 from lightrft.strategy.protocols.checkpointing import Checkpointable, Json, SaveCkpt
 from lightrft.strategy.protocols.collectives import Collectives, World
@@ -146,6 +146,9 @@ def _write(request: _Request, content: Path, world: World) -> dict[str, Json]:
         name = random_file(world.rank)
         streams: dict[str, Json] = {"rank": world.rank, "world_size": world.world_size, **capture_streams()}
         records[name] = write_file(content / name, [dumps(streams)])
+        for entry in request.entries:
+            for name, chunks in gradient_files(entry, world.rank):
+                records[name] = write_file(content / name, chunks)
         if world.rank == 0:
             records[CLIENT_STATE] = write_file(content / CLIENT_STATE, [dumps(request.client_state)])
             for entry in request.entries:

@@ -1,4 +1,4 @@
-"""The state of one entry, flat: three tables of tensors by name, and the rest as JSON.
+"""The state of one entry, flat: tables of tensors by name, and the rest as JSON.
 
 Optimizer tensors are called `<key>.<parameter name>` (`exp_avg.layers.0.weight`), so that they do not depend on the
 order in which an optimizer was given its parameters.
@@ -21,7 +21,7 @@ from lightrft.backends.checkpointing.tensor_files import require_plain, safetens
 from lightrft.errors import ConfigError
 from lightrft.strategy.protocols.checkpointing import Json
 
-__all__ = ["EntryState", "entry_files", "entry_state", "groups_by_name", "options_of"]
+__all__ = ["EntryState", "entry_files", "entry_state", "gradient_files", "groups_by_name", "options_of"]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -31,13 +31,11 @@ class EntryState:
     Attributes:
         model: live tensors and tied names.
         optimizer: optimizer tensors as `<key>.<parameter name>`.
-        gradients: accumulated gradients by parameter name; empty outside a window.
         record: the rest: tied names, groups and values of the optimizer, and the schedule.
     """
 
     model: NamedState
     optimizer: Mapping[str, torch.Tensor]
-    gradients: Mapping[str, torch.Tensor]
     record: dict[str, Json]
 
 
@@ -52,11 +50,6 @@ def entry_state(entry: Entry) -> EntryState:
         UnsupportedError: a tensor's bytes are not its values.
     """
     model = named_state(entry.model, owner=entry.name)
-    gradients = {
-        name: tensor.grad for name, tensor in model.tensors.items() if tensor.is_leaf and tensor.grad is not None
-    }
-    for name, gradient in gradients.items():
-        require_plain(gradient, f"{entry.name}.{name}.grad")
     tensors, optimizer = ({}, None) if entry.optimizer is None else _optimizer_state(entry, entry.optimizer, model)
     schedule = None if entry.scheduler is None else entry.scheduler.state_dict()
     record: dict[str, Json] = {
@@ -64,7 +57,7 @@ def entry_state(entry: Entry) -> EntryState:
         "optimizer": optimizer,
         "scheduler": encode_internal(schedule, f"{entry.name}.scheduler"),
     }
-    return EntryState(model=model, optimizer=tensors, gradients=gradients, record=record)
+    return EntryState(model=model, optimizer=tensors, record=record)
 
 
 def entry_files(entry: Entry) -> Iterator[tuple[str, Iterator[memoryview | bytes]]]:
@@ -78,8 +71,27 @@ def entry_files(entry: Entry) -> Iterator[tuple[str, Iterator[memoryview | bytes
     yield model_file(entry.name), safetensors_chunks(state.model.tensors)
     if entry.optimizer is not None:
         yield optimizer_file(entry.name), safetensors_chunks(state.optimizer)
-    if state.gradients:
-        yield gradients_file(entry.name), safetensors_chunks(state.gradients)
+
+
+def gradient_files(entry: Entry, rank: int) -> Iterator[tuple[str, Iterator[memoryview | bytes]]]:
+    """Yield the file of the gradients that this rank has accumulated, with its content, if it has any.
+
+    Args:
+        entry: a plain model with what trains it.
+        rank: number of this process.
+    """
+    gradients = _gradients(named_state(entry.model, owner=entry.name), owner=entry.name)
+    if gradients:
+        yield gradients_file(entry.name, rank), safetensors_chunks(gradients)
+
+
+def _gradients(model: NamedState, *, owner: str) -> dict[str, torch.Tensor]:
+    gradients = {
+        name: tensor.grad for name, tensor in model.tensors.items() if tensor.is_leaf and tensor.grad is not None
+    }
+    for name, gradient in gradients.items():
+        require_plain(gradient, f"{owner}.{name}.grad")
+    return gradients
 
 
 def groups_by_name(

@@ -23,10 +23,10 @@ Snapshot = Callable[[Trainable], dict[str, object]]
 FILES = [
     "client_state.json",
     "manifest.json",
-    "model.gradients.safetensors",
     "model.model.safetensors",
     "model.optimizer.safetensors",
     "model.state.json",
+    "rank-00000.model.gradients.safetensors",
     "rank-00000.random.json",
 ]
 
