@@ -1,10 +1,15 @@
-"""How many tokens a model can take."""
+"""How many tokens a model can take, and which."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 from torch import nn
 
-__all__ = ["context_size"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["context_size", "known_vocabulary_size"]
 
 
 def context_size(model: nn.Module) -> int | None:
@@ -25,3 +30,17 @@ def context_size(model: nn.Module) -> int | None:
     of_text = getattr(config, "get_text_config", None)
     size: int | None = getattr(of_text() if of_text else config, "max_position_embeddings", None)
     return size
+
+
+def known_vocabulary_size(model: nn.Module) -> int | None:
+    """Return how many token ids a model knows, or None for one that does not say which embedding takes them.
+
+    Args:
+        model: a model of transformers, or any other module with `get_input_embeddings`.
+
+    Example:
+        >>> known_vocabulary_size(nn.Linear(2, 2)) is None
+        True
+    """
+    get = cast("Callable[[], nn.Module] | None", getattr(model, "get_input_embeddings", None))
+    return None if get is None else get().get_parameter("weight").shape[0]

@@ -5,16 +5,14 @@ T tokens, V vocabulary
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
-from lightrft.models.context import context_size
+from lightrft.models.context import context_size, known_vocabulary_size
 from lightrft.strategy.protocols.rollout import Prompt, SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import nn
 
     from lightrft.strategy.protocols.rollout import Completion, EngineHandle
@@ -53,9 +51,9 @@ def probe_difference(handle: EngineHandle, model: nn.Module) -> float:
 
 def _vocabulary_size(model: nn.Module) -> int:
     """Return a number of token ids that the model knows: all of them where it says which embedding takes them."""
-    get = cast("Callable[[], nn.Module] | None", getattr(model, "get_input_embeddings", None))
-    if get is not None:
-        return len(cast("torch.Tensor", get().weight))
+    size = known_vocabulary_size(model)
+    if size is not None:
+        return size
     # another embedding may hold positions, which can be more than the tokens: the smallest is safe
     sizes = [module.num_embeddings for module in model.modules() if isinstance(module, torch.nn.Embedding)]
     return min(sizes, default=2)

@@ -6,22 +6,22 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lightrft.errors import ConfigError, DataError
-from lightrft.models.context import context_size
+from lightrft.models.context import context_size, known_vocabulary_size
 from lightrft.strategy.protocols.rollout import SamplingParams
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from torch import nn
 
 __all__ = ["check_request"]
 
 
 def check_request(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], params: SamplingParams, prompt_indices: Sequence[int]
+    model: nn.Module, prompts: Sequence[Sequence[int]], params: SamplingParams, prompt_indices: Sequence[int]
 ) -> None:
     """Raise unless the model can make these completions.
 
     Args:
-        model: a causal language model.
+        model: a causal language model; one that does not tell its vocabulary or context is not held to them.
         prompts: token ids of each prompt.
         params: how tokens are drawn.
         prompt_indices: the number of each prompt.
@@ -34,16 +34,27 @@ def check_request(
         raise DataError(
             f"prompt_indices has {len(prompt_indices)} numbers for {len(prompts)} prompts; give one for each."
         )
-    _check_tokens(prompts, params, vocabulary_size=model.get_input_embeddings().get_parameter("weight").shape[0])
+    _check_present(prompts, params)
+    vocabulary_size = known_vocabulary_size(model)
+    if vocabulary_size is not None:
+        _check_tokens(prompts, params, vocabulary_size)
     limit = context_size(model)
     if limit is not None:
         _check_context(prompts, params, limit)
 
 
-def _check_tokens(prompts: Sequence[Sequence[int]], params: SamplingParams, vocabulary_size: int) -> None:
+def _check_present(prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise DataError(f"prompts[{index}]={list(prompt)!r} is empty; give it at least one token.")
+    if params.min_new_tokens > params.max_new_tokens:
+        raise ConfigError(
+            f"min_new_tokens={params.min_new_tokens!r} is more than max_new_tokens({params.max_new_tokens}); lower it."
+        )
+
+
+def _check_tokens(prompts: Sequence[Sequence[int]], params: SamplingParams, vocabulary_size: int) -> None:
+    for index, prompt in enumerate(prompts):
         for token in (min(prompt), max(prompt)):
             if not 0 <= token < vocabulary_size:
                 raise DataError(
@@ -55,10 +66,6 @@ def _check_tokens(prompts: Sequence[Sequence[int]], params: SamplingParams, voca
         raise ConfigError(
             f"stop_token_ids={params.stop_token_ids!r} has {unknown}, not in the model's vocabulary of "
             f"{vocabulary_size}; use the tokenizer of this model."
-        )
-    if params.min_new_tokens > params.max_new_tokens:
-        raise ConfigError(
-            f"min_new_tokens={params.min_new_tokens!r} is more than max_new_tokens({params.max_new_tokens}); lower it."
         )
 
 

@@ -15,8 +15,9 @@ import attrs
 import torch
 
 from lightrft.backends.rollout.lifecycle import guarded
+from lightrft.backends.rollout.request_checks import check_request
 from lightrft.backends.rollout.weights import ModelCopy, check_coverage, copy_model, write_tensors
-from lightrft.errors import ConfigError, DataError, UnsupportedError
+from lightrft.errors import ConfigError, UnsupportedError
 from lightrft.models.tokenizer import encode_text
 from lightrft.strategy.protocols.rollout import Completion, Engine, EngineHandle, EngineSource, Prompt, SamplingParams
 
@@ -55,9 +56,13 @@ def build_scripted(config: EngineConfig) -> Engine:
     def generate(handle: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
         state = _state(handle)
         _check_sampling(sampling)
-        completions: list[Completion] = []
         for index, prompt in enumerate(prompts):
-            _check_prompt(prompt, index)
+            if prompt.images:
+                message = f"prompts[{index}] has images and the engine 'scripted' takes text; leave them out."
+                raise UnsupportedError(message)
+        check_request(state.weights.model, [prompt.token_ids for prompt in prompts], sampling, range(len(prompts)))
+        completions: list[Completion] = []
+        for prompt in prompts:
             for sample in range(sampling.n):
                 written = state.script[len(completions) % len(state.script)] if state.script else None
                 completions.append(_complete(handle, prompt, written, sampling, sample))
@@ -111,13 +116,6 @@ def _check_sampling(sampling: SamplingParams) -> None:
             raise UnsupportedError(
                 f"{name}={value!r} chooses among tokens and the engine 'scripted' draws none; leave it at {off!r}."
             )
-
-
-def _check_prompt(prompt: Prompt, index: int) -> None:
-    if prompt.images:
-        raise UnsupportedError(f"prompts[{index}] has images and the engine 'scripted' takes text; leave them out.")
-    if not prompt.token_ids:
-        raise DataError(f"prompts[{index}] is empty; give it at least one token.")
 
 
 def _complete(

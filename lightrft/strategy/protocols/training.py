@@ -255,8 +255,8 @@ class NamedTensors(Protocol):
     def __call__(self, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, full tensor) for every parameter and persistent buffer, in one order on all ranks.
 
-        Names are those of the plain model; a tied tensor comes once under each of its names. The tensors are read-only
-        views that hold until the next item.
+        Names are those of the plain model; a tied tensor comes once under each of its names. The tensors are read-only,
+        and may be kept until the model changes: the memory of one is not used again for the next.
 
         Args:
             model: the prepared model.

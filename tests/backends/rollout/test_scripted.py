@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from lightrft.backends.rollout.scripted import build_scripted
-from lightrft.backends.rollout.weights import copy_model, write_tensors
+from lightrft.backends.rollout.weights import check_coverage, copy_model, write_tensors
 from lightrft.config.sections import EngineConfig
 from lightrft.errors import ConfigError, DataError, UnsupportedError, WeightSyncError
 from lightrft.models.tokenizer import build_character_tokenizer
@@ -91,7 +93,7 @@ def test_logprobs_are_the_models_own(temperature: float) -> None:
 def test_bad_requests_name_the_prompt() -> None:
     """An empty prompt, one with images, and a script without a tokenizer are refused with a reason."""
     handle = start("a")
-    with pytest.raises(DataError, match=r"prompts\[1\] is empty"):
+    with pytest.raises(DataError, match=r"prompts\[1\]=\[\] is empty"):
         handle.engine.generate(handle, [Prompt(token_ids=(1,)), Prompt(token_ids=())], SamplingParams())
     with pytest.raises(UnsupportedError, match=r"prompts\[0\] has images"):
         handle.engine.generate(handle, [Prompt(token_ids=(1,), images=("cat.png",))], SamplingParams())
@@ -119,7 +121,9 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     bias = ("1.bias", torch.zeros(128))
     with pytest.raises(WeightSyncError, match=r"'1\.bias' came twice"):
         write_tensors(weights, [bias, bias])
-    with pytest.raises(WeightSyncError, match=r"shape \(2,\) and the engine's \(128, 4\)"):
+    with pytest.raises(
+        WeightSyncError, match=r"shape \(2,\) and the engine's \(128, 4\); start the engine from this model\.$"
+    ):
         write_tensors(weights, [("1.weight", torch.zeros(2))])
 
 
@@ -128,7 +132,7 @@ def test_a_model_that_cannot_be_copied_is_refused() -> None:
     model = tiny_model()
     model.register_module("cache", nn.Identity())
     model.cache.kept = model(torch.tensor([1]))  # not a leaf: torch refuses to copy it
-    with pytest.raises(UnsupportedError, match="cannot be copied"):
+    with pytest.raises(UnsupportedError, match=r"model=Sequential cannot be copied \(.+\); detach the tensors"):
         copy_model(model)
 
 
@@ -138,3 +142,53 @@ def test_a_script_that_the_tokenizer_cannot_read_names_the_character() -> None:
     config = EngineConfig(type="scripted", script=("abz",))
     with pytest.raises(DataError, match="'abz' holds 'z'"):
         build_scripted(config).start(EngineSource(model=tiny_model(), tokenizer=tokenizer))
+
+
+def test_logprobs_belong_to_the_completion_alone() -> None:
+    """A prompt longer than its completion has no part in the logprobs; a model may return an object with logits."""
+
+    class Wrapped(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, ids: torch.Tensor) -> object:
+            return SimpleNamespace(logits=self.inner(ids))
+
+    model = tiny_model()
+    with torch.no_grad():
+        logits = model(torch.tensor([3, 97]))
+    expected = torch.log_softmax(logits, dim=-1)[torch.arange(2), torch.tensor([97, 98])]
+    for one in (model, Wrapped(model)):
+        handle = start("ab", model=one)
+        prompt = Prompt(token_ids=(7, 9, 11, 3))
+        with torch.device("meta"):  # what is computed stays with the model, whatever torch's default device is
+            (completion,) = handle.engine.generate(handle, [prompt], SamplingParams(max_new_tokens=4))
+        assert (len(completion.logprobs), completion.weight_version) == (2, 0)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=1e-6)
+
+
+def test_missing_tensors_are_counted_and_the_first_five_named() -> None:
+    """An update that left out many tensors says how many, and names five; of five or fewer it names all."""
+    weights = copy_model(nn.ModuleList(nn.Linear(1, 1, bias=False) for _ in range(7)))
+    first = ", ".join(f"{i}.weight" for i in range(5))
+    with pytest.raises(WeightSyncError, match=rf"^7 of 7 tensors were not written \({first}, \.\.\.\); send all"):
+        check_coverage(weights)
+    write_tensors(weights, [("6.weight", torch.zeros(1, 1))])
+    with pytest.raises(WeightSyncError, match=rf"^6 of 7 tensors were not written \({first}, \.\.\.\); send all"):
+        check_coverage(weights)
+    write_tensors(weights, [("5.weight", torch.zeros(1, 1))])
+    with pytest.raises(WeightSyncError, match=rf"^5 of 7 tensors were not written \({first}\); send all"):
+        check_coverage(weights)
+    write_tensors(weights, [(f"{i}.weight", torch.zeros(1, 1)) for i in range(5)])
+    check_coverage(weights)
+
+
+@pytest.mark.parametrize(("name", "value"), [("top_p", 0.5), ("top_k", 3), ("min_new_tokens", 1)])
+def test_what_would_choose_among_tokens_is_refused(name: str, value: float) -> None:
+    """An engine that draws nothing claims no sampling, and names the setting that it cannot follow."""
+    handle = start("ab")
+    assert handle.engine.capabilities == frozenset()
+    sampling = SamplingParams(max_new_tokens=4, **{name: value})
+    with pytest.raises(UnsupportedError, match=rf"^{name}={value} chooses among tokens .*; leave it at "):
+        handle.engine.generate(handle, [Prompt(token_ids=(1,))], sampling)
