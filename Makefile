@@ -3,7 +3,9 @@
 #   make demo    fine-tune a small model by reinforcement and show how much better it got
 #   make test    the tests
 #   make check   everything that a change must pass: style, types, import rules, tests with coverage, docs
+#   make laws    the laws of all strategies and engines under other seeds: make laws SEEDS=20
 #   make bench   the benchmarks on this machine, into benchmarks/results/
+#   make mutation   change the algorithms and backends in thousands of places, and list the changes that no test notices
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -12,12 +14,13 @@ READY := $(VENV)/.ready
 TRL_VENV := .venv-trl
 TRL_READY := $(TRL_VENV)/.ready
 SEED ?= 0
+SEEDS ?= 20
 # One thread a process: small tensors are faster so, and two test processes share the cores fairly.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check lint types imports coverage docs bench clean
+.PHONY: demo test check lint types imports coverage docs laws bench clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml
@@ -54,6 +57,13 @@ coverage: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
+laws: $(READY)
+	for seed in $$(seq $(SEEDS)); do \
+	  for target in single fake hf scripted; do \
+	    echo "seed $$seed"; $(BIN)/lightrft conformance $$target --seed $$seed || exit 1; \
+	  done; \
+	done
+
 # The peers that want an environment of their own.
 $(TRL_READY): pyproject.toml
 	$(PYTHON) -m venv $(TRL_VENV)
@@ -67,6 +77,13 @@ bench: $(READY) $(TRL_READY)
 	$(BIN)/python benchmarks/overhead.py --write
 	$(TRL_VENV)/bin/python benchmarks/logprob.py --write
 	$(TRL_VENV)/bin/python benchmarks/versus_trl.py --write
+
+# One process: about an hour on one core. What was decided before stays so until its function changes; `mutants/` holds it.
+.PHONY: mutation
+mutation: $(READY)
+	$(BIN)/python -m pip install --quiet --group mutation
+	$(BIN)/mutmut run --max-children 1
+	$(BIN)/mutmut results
 
 clean:
 	rm -rf $(VENV) $(TRL_VENV) site .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -7,11 +7,17 @@ import pkgutil
 import re
 from collections.abc import Iterator
 from importlib import import_module
+from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightrft.testing.law import Law
 
 __all__ = ["laws_of", "modules_of", "on_page_markdown"]
 
 LAWS = "<!-- laws -->"
+TESTED = re.compile(r"<!-- tested laws of (strategy|engine) -->")
 RESULTS = "<!-- results -->"
 MODULES = re.compile(r"<!-- modules (\S+) -->")
 APART = "lightrft.strategy.protocols"
@@ -54,8 +60,33 @@ def _laws() -> str:
     for name in PROTOCOLS:
         module = f"lightrft.strategy.protocols.{name}"
         rows = [f"| [`{protocol}`][{module}.{protocol}] | {law} |" for protocol, law in laws_of(module)]
-        parts += [f"## {name.capitalize()}\n", "| protocol | laws |", "| --- | --- |", *rows, ""]
+        parts += [f"### Contracts of {name}\n", "| protocol | laws |", "| --- | --- |", *rows, ""]
     return "\n".join(parts)
+
+
+def _tested_laws(found: re.Match[str]) -> str:
+    """Return the laws of a registry as one table a section, with the bugs that were planted to try them."""
+    from lightrft.testing.laws.registry import ENGINE_LAWS, STRATEGY_LAWS
+    from lightrft.testing.mutants.registry import MUTANTS
+
+    laws = STRATEGY_LAWS if found[1] == "strategy" else ENGINE_LAWS
+    parts: list[str] = []
+    for section, chosen in groupby(laws.values(), key=_section):
+        rows = [f"| `{law.id}` | {law.statement} | {_conditions(law)} |" for law in chosen]
+        parts += [f"### {section.capitalize()}\n", "| law | what it says | said of |", "| --- | --- | --- |", *rows, ""]
+        defects = [mutant.defect for mutant in MUTANTS.values() if mutant.id.partition(".")[0] == section]
+        if defects:
+            parts += ["Bugs that were planted, and that a law finds:\n", *(f"- {defect}" for defect in defects), ""]
+    return "\n".join(parts)
+
+
+def _section(law: Law) -> str:
+    return law.id.partition(".")[0]
+
+
+def _conditions(law: Law) -> str:
+    worlds = {"one": ["one rank"], "every": [], "several": ["two ranks or more"]}[law.worlds]
+    return ", ".join([*worlds, *(f"`{name}`" for name in sorted(law.requires))]) or "all"
 
 
 def _results() -> str:
@@ -75,4 +106,5 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     """
     page = MODULES.sub(_references, markdown)
     page = page.replace(LAWS, _laws()) if LAWS in page else page
+    page = TESTED.sub(_tested_laws, page)
     return page.replace(RESULTS, _results()) if RESULTS in page else page

@@ -9,7 +9,7 @@ from typing import NoReturn
 from typing_extensions import override
 
 from lightrft import __version__
-from lightrft.cli import doctor, evaluate, registered, report, train
+from lightrft.cli import conformance, doctor, evaluate, registered, report, train
 from lightrft.cli.command import Command
 from lightrft.errors import ConfigError, nearest
 
@@ -22,6 +22,7 @@ COMMANDS: tuple[Command, ...] = (
     registered.STRATEGIES_COMMAND,
     registered.ENGINES_COMMAND,
     doctor.COMMAND,
+    conformance.COMMAND,
 )
 """All commands, in the order of `--help`."""
 

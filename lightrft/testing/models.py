@@ -82,7 +82,7 @@ def build_model(case: ModelCase) -> SmallModel:
         >>> build_model(ModelCase(vocabulary=5))(torch.tensor([[0, 4]])).shape
         torch.Size([1, 2, 5])
     """
-    with torch.random.fork_rng():  # initialisation draws numbers that are thrown away
+    with torch.random.fork_rng(devices=[]):  # initialisation draws numbers that are thrown away
         model = SmallModel(case)
     generator = torch.Generator().manual_seed(case.seed)
     with torch.no_grad():

@@ -219,6 +219,7 @@ def test_gae_leaves_its_inputs_and_carries_no_gradient() -> None:
     [
         ((torch.zeros(2, 3), torch.zeros(2, 4), torch.ones(2, 3)), 1.0, 1.0, r"values_BT.shape=\(2, 4\)"),
         ((torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2)), 1.0, 1.0, r"mask_BT.shape=\(2,\)"),
+        ((torch.zeros(2, 1), torch.zeros(2, 4), torch.ones(2, 4)), 1.0, 1.0, r"rewards_BT.shape=\(2, 1\)"),
         ((torch.zeros(3), torch.zeros(3), torch.ones(3)), 1.0, 1.0, r"rewards_BT.shape=\(3,\)"),
         ((torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1)), 1.5, 1.0, "gamma=1.5"),
         ((torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1)), 1.0, -0.1, "lam=-0.1"),

@@ -76,10 +76,11 @@ def test_weights(mode: AggregationMode, expected: list[list[float]], dtype: torc
 
 
 def test_shares() -> None:
-    """The share is the number of tokens, of sequences with tokens, or of those times the longest completion."""
+    """It is the number of tokens, of sequences with tokens, or of those times the longest completion (1 or more)."""
     mask_BT = torch.tensor([[1, 2, 1], [1, 0, 0], [0, 0, 0]])
     shares = [normaliser_share(mask_BT, mode=mode, max_completion_tokens=10) for mode in AGGREGATION_MODES]
     assert shares == [4.0, 2.0, 20.0]
+    assert normaliser_share(mask_BT, mode="constant", max_completion_tokens=1) == 2.0
 
 
 @pytest.mark.parametrize("normaliser", [0.0, -1.0, float("nan"), float("inf")])

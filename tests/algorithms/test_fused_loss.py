@@ -386,3 +386,67 @@ def test_an_id_outside_of_the_vocabulary_is_refused() -> None:
     """An id of -100, as labels have it for masked tokens, is an error with its position."""
     with pytest.raises(DataError, match=r"token_ids\[0\]=-100"):
         fuse(token_ids_N=torch.full((9,), -100))
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_everything_stays_on_the_device_of_the_inputs() -> None:
+    """Loss, logprobs, entropies and gradients lie where the hidden states do, whatever torch's default device is."""
+    hidden_NH, weight_VH, ids_N = build(9, 3, 7, torch.bfloat16)
+    weights_N = torch.ones(9)
+    with torch.device("meta"):
+        fused = fused_policy_loss(
+            hidden_NH, weight_VH, ids_N, weighted, {"weights": weights_N}, entropy_weights_N=weights_N
+        )
+        grads = torch.autograd.grad(fused.loss, (hidden_NH, weight_VH))
+    assert fused.entropy_N is not None
+    for tensor in (fused.loss, fused.logprobs_N, fused.entropy_N, *grads):
+        assert tensor.device == hidden_NH.device
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_narrow_loss_is_summed_in_float32() -> None:
+    """Token losses in 16 bits are added up in float32: the sum differs from numpy's by no more than its rounding."""
+    hidden_NH, weight_VH, ids_N = build(9, 3, 7, torch.float32)
+
+    def narrow(logprobs_C: Tensor, per_token_C: Mapping[str, Tensor]) -> Tensor:
+        return weighted(logprobs_C, per_token_C).bfloat16()
+
+    fused = fused_policy_loss(hidden_NH, weight_VH, ids_N, narrow, {"weights": torch.linspace(1, 2, 9)})
+    losses_N = narrow(fused.logprobs_N, {"weights": torch.linspace(1, 2, 9)})
+    assert fused.loss.item() == pytest.approx(losses_N.double().numpy().sum(), rel=1e-6)
+
+
+def test_a_loss_function_is_never_called_without_tokens() -> None:
+    """A loss function that needs a token finds one in every call, also where there are few or none to compute."""
+    sizes: list[int] = []
+
+    def counted(logprobs_C: Tensor, per_token_C: Mapping[str, Tensor]) -> Tensor:
+        sizes.append(logprobs_C.shape[0])
+        return weighted(logprobs_C, per_token_C)
+
+    fuse(9, loss_fn=counted)
+    fuse(127, loss_fn=counted)
+    fuse(0, loss_fn=counted)
+    assert sizes == [9, 127]
+
+
+@pytest.mark.parametrize(("part", "is_elementwise"), [(1e-5, True), (1e-2, False)])
+@pytest.mark.parametrize("scale", [1.0, 1e-12])
+def test_what_counts_as_elementwise(part: float, is_elementwise: bool, scale: float) -> None:
+    """A loss may depend on the other tokens by its rounding, but not by a hundredth, however small the losses are."""
+
+    def depends_on_length(logprobs_C: Tensor, per_token_C: Mapping[str, Tensor]) -> Tensor:
+        return weighted(logprobs_C, per_token_C) * scale * (1 + part * (logprobs_C.shape[0] > 64))
+
+    if is_elementwise:
+        assert fuse(130, loss_fn=depends_on_length).loss.isfinite()
+    else:
+        with pytest.raises(ConfigError, match="is not elementwise in tokens"):
+            fuse(130, loss_fn=depends_on_length)
+
+
+def test_a_loss_of_nan_is_no_other_tokens_doing() -> None:
+    """A token whose loss is NaN makes the loss NaN, which a step will see; it is not blamed on the loss function."""
+    weights_N = torch.ones(130, dtype=DOUBLE)
+    weights_N[3] = float("nan")
+    assert fuse(130, per_token_N={"weights": weights_N}).loss.isnan()

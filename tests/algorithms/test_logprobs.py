@@ -269,7 +269,13 @@ def test_an_accelerator_gets_wider_chunks_and_whole_blocks() -> None:
         (torch.ones(2, 3, 4), torch.ones(5, 4), torch.zeros(2).long(), 1.0, r"hidden.shape=\(2, 3, 4\)"),
         (torch.ones(2, 3), torch.ones(5, 4), torch.zeros(2).long(), 1.0, r"weight.shape=\(5, 4\)"),
         (torch.ones(2, 4), torch.ones(4), torch.zeros(2).long(), 1.0, r"weight.shape=\(4,\)"),
-        (torch.ones(2, 4), torch.ones(5, 4), torch.zeros(3).long(), 1.0, r"token_ids.shape=\(3,\)"),
+        (
+            torch.ones(2, 4),
+            torch.ones(5, 4),
+            torch.zeros(3).long(),
+            1.0,
+            r"token_ids.shape=\(3,\) is not one id for each of 2 ",
+        ),
         (torch.ones(2, 4), torch.ones(5, 4).double(), torch.zeros(2).long(), 1.0, "weight=torch.float64"),
         (torch.ones(2, 4).long(), torch.ones(5, 4).long(), torch.zeros(2).long(), 1.0, "floating-point"),
         (torch.ones(2, 4), torch.ones(5, 4), torch.zeros(2), 1.0, "token_ids=torch.float32"),
@@ -291,3 +297,47 @@ def test_an_id_outside_of_the_vocabulary_is_named(bad: int) -> None:
     """An id below 0 or from the vocabulary size on is an error with its position, also the -100 of masked labels."""
     with pytest.raises(DataError, match=rf"token_ids\[1\]={bad} is outside of the vocabulary of 5"):
         token_logprobs(torch.ones(3, 4), torch.ones(5, 4), torch.tensor([0, bad, bad]))
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_everything_stays_on_the_device_of_the_inputs() -> None:
+    """Logprobs, entropies and gradients lie where the hidden states do, whatever torch's default device is."""
+    hidden_NH, weight_VH, ids_N = build(9, 3, 7, torch.bfloat16)
+    with torch.device("meta"):
+        result = token_logprobs(hidden_NH, weight_VH, ids_N, with_entropy=True)
+        assert result.entropy_N is not None
+        loss = result.logprobs_N.sum() + result.entropy_N.sum()
+        grads = torch.autograd.grad(loss, (hidden_NH, weight_VH))
+    for tensor in (result.logprobs_N, result.entropy_N, *grads):
+        assert tensor.device == hidden_NH.device
+
+
+def test_softmax_blocks_fill_the_budget_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU a block takes as many rows as the budget holds, at least one; elsewhere one block takes all rows."""
+    matrix_CV = torch.empty(5, 3, dtype=DOUBLE)  # 24 bytes a row
+
+    def lengths(budget: int, matrix: Tensor) -> list[int]:
+        monkeypatch.setattr(chunked_head, "_CPU_BLOCK_BYTES", budget)
+        rows = [row for block in chunked_head._blocks(matrix) for row in range(matrix.shape[0])[block]]
+        assert rows == list(range(matrix.shape[0]))
+        return [len(range(matrix.shape[0])[block]) for block in chunked_head._blocks(matrix)]
+
+    assert lengths(1, matrix_CV) == [1, 1, 1, 1, 1]
+    assert lengths(50, matrix_CV) == [2, 2, 1]
+    assert lengths(1, matrix_CV.to("meta")) == [5]
+    assert lengths(50, matrix_CV[:0]) == lengths(50, matrix_CV[:0].to("meta")) == []
+
+
+@pytest.mark.parametrize(("dtype", "is_shared"), [(torch.float32, True), (DOUBLE, True), (torch.bfloat16, False)])
+def test_a_workspace_is_one_buffer_where_the_dtype_is_wide_already(dtype: torch.dtype, is_shared: bool) -> None:
+    """Only 16-bit logits need a second buffer for what is computed in float32."""
+    inputs = chunked_head.check_head_inputs(*(tensor.detach() for tensor in build(3, 2, 5, dtype)), 1.0)
+    workspace = chunked_head.build_workspace(inputs)
+    assert (workspace.wide_CV is workspace.narrow_CV) == is_shared
+    assert (workspace.narrow_CV.dtype, workspace.wide_CV.dtype) == (dtype, chunked_head.wide_dtype(dtype))
+
+
+def test_entropies_are_empty_unless_asked_for() -> None:
+    """Without with_entropy the statistics of a chunk hold none."""
+    statistics = chunked_head.exponentiate_(torch.randn(4, 6), torch.zeros(4).long(), with_entropy=False)
+    assert statistics.entropy_C.shape == (0,)

@@ -83,11 +83,11 @@ def test_ppo_gradcheck() -> None:
     assert torch.equal(grad == 0, torch.tensor([False, True, False, False, True, True]))
 
 
-@pytest.mark.parametrize("advantage", [0.0, 1.0, -1.0])
-def test_a_ratio_that_is_clipped_away_cannot_overflow(advantage: float) -> None:
+@pytest.mark.parametrize(("advantage", "dual_clip"), [(0.0, None), (0.0, 3.0), (1.0, None), (1.0, 3.0), (-1.0, 3.0)])
+def test_a_ratio_that_is_clipped_away_cannot_overflow(advantage: float, dual_clip: float | None) -> None:
     """Log-ratios of plus and minus 1000 give finite losses and gradients wherever the clipped branch is the minimum."""
     logprobs = torch.tensor([1000.0, -1000.0], requires_grad=True)
-    loss = ppo_clip(logprobs, torch.zeros(2), torch.full((2,), advantage), dual_clip=3.0)
+    loss = ppo_clip(logprobs, torch.zeros(2), torch.full((2,), advantage), dual_clip=dual_clip)
     grad = gradient(loss.sum(), logprobs)
     assert torch.isfinite(loss).all()
     assert torch.isfinite(grad).all()
@@ -296,6 +296,7 @@ def call(name: str, **changes: object) -> Callable[[], Tensor]:
         ({"clip_low": float("nan")}, "clip_low=nan"),
         ({"clip_high": -0.1}, "clip_high=-0.1 is not 0 or more"),
         ({"dual_clip": 0.5}, "dual_clip=0.5"),
+        ({"dual_clip": 1.0}, "dual_clip=1.0"),
         ({"mask": torch.ones(3, 4)}, r"shape=\(3, 4\)"),
         ({"old_logprobs": torch.ones(3, 1)}, r"shape=\(3, 1\)"),
         ({"advantages": torch.ones(3)}, r"shape=\(3,\)"),
@@ -329,3 +330,44 @@ def test_value_loss_and_clip_fraction_refuse() -> None:
         value_loss(torch.zeros(2), torch.zeros(2), torch.zeros(3))
     with pytest.raises(ConfigError, match=r"advantages.shape=\(3,\)"):
         clip_fraction(torch.zeros(2), torch.zeros(2), torch.zeros(3))
+
+
+@pytest.mark.parametrize("loss", [ppo_clip, cispo, clip_fraction, value_loss])
+@pytest.mark.parametrize("odd", [0, 1, 2])
+def test_one_tensor_that_would_broadcast_is_refused(loss: Callable[..., Tensor], odd: int) -> None:
+    """Whichever of the three tensors has another shape than the other two, nothing is broadcast."""
+    tensors = [torch.zeros(3), torch.zeros(3), torch.zeros(3)]
+    tensors[odd] = torch.zeros(1)
+    with pytest.raises(ConfigError, match=r"shape=\(1,\)"):
+        loss(*tensors)
+
+
+@pytest.mark.parametrize("odd", [0, 1, 2, 3])
+def test_gspo_refuses_one_tensor_that_would_broadcast(odd: int) -> None:
+    """Whichever of GSPO's tensors has another shape than the others, nothing is broadcast."""
+    tensors = [torch.ones(2, 3) for _ in range(4)]
+    tensors[odd] = torch.ones(2, 1)
+    with pytest.raises(ConfigError, match=r"shape=\(2, 1\)"):
+        gspo(*tensors, clip_low=0.1, clip_high=0.1)
+
+
+def test_the_bounds_are_a_fifth_unless_told_otherwise() -> None:
+    """By default the ratio is bounded by 0.8 and 1.2, in the losses and in what counts as clipped."""
+    logprobs = torch.log(torch.tensor([0.5, 0.79, 0.81, 1.19, 1.21, 2.0], dtype=torch.float64))
+    old = torch.zeros_like(logprobs)
+    good, bad = torch.ones_like(logprobs), -torch.ones_like(logprobs)
+    assert ppo_clip(logprobs, old, good).tolist() == pytest.approx([-0.5, -0.79, -0.81, -1.19, -1.2, -1.2])
+    assert ppo_clip(logprobs, old, bad).tolist() == pytest.approx([0.8, 0.8, 0.81, 1.19, 1.21, 2.0])
+    weights = torch.tensor([0.8, 0.8, 0.81, 1.19, 1.2, 1.2], dtype=torch.float64)
+    torch.testing.assert_close(cispo(logprobs, old, good), -weights * logprobs)
+    assert clip_fraction(logprobs, old, good).tolist() == [0, 0, 0, 0, 1, 1]
+    assert clip_fraction(logprobs, old, bad).tolist() == [1, 1, 0, 0, 0, 0]
+
+
+def test_at_the_bounds_and_without_an_advantage_nothing_is_clipped() -> None:
+    """A ratio at a bound keeps its gradient and doesn't count as clipped; nor does any token whose advantage is 0."""
+    edges = torch.tensor([math.log1p(0.3), math.log1p(-0.2)], dtype=torch.float64, requires_grad=True)
+    zeros, signs = torch.zeros(2, dtype=torch.float64), torch.tensor([1.0, -1.0], dtype=torch.float64)
+    assert gradient(ppo_clip(edges, zeros, signs, clip_low=0.2, clip_high=0.3).sum(), edges).all()
+    assert not clip_fraction(edges, zeros, signs, clip_low=0.2, clip_high=0.3).any()
+    assert not clip_fraction(torch.tensor([3.0, -3.0]), torch.zeros(2), torch.zeros(2)).any()

@@ -52,6 +52,7 @@ def test_whiten_equals_numpy_on_the_selected(seed: int, num_rows: int, num_token
     assert not whitened[~mask].any()
     rescaled = masked_whiten(values, mask, subtract_mean=False)
     np.testing.assert_allclose(rescaled[mask], selected / (deviation + 1e-6), rtol=1e-9)
+    assert not rescaled[~mask].any()
 
 
 @given(value=st.floats(-1000, 1000, width=32), size=st.integers(1, 9))
@@ -97,6 +98,8 @@ def test_gradients_are_right() -> None:
 
 @pytest.mark.parametrize("reduce", [masked_sum, masked_mean, masked_whiten])
 def test_shapes_must_agree(reduce: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """A mask that would broadcast is refused."""
+    """A mask that would broadcast, or to which the values would, is refused."""
     with pytest.raises(ConfigError, match=r"mask.shape=\(3,\) differs from values.shape=\(2, 3\)"):
         reduce(torch.zeros(2, 3), torch.ones(3))
+    with pytest.raises(ConfigError, match=r"mask.shape=\(2, 3\) differs from values.shape=\(3,\)"):
+        reduce(torch.zeros(3), torch.ones(2, 3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import attrs
 import numpy as np
@@ -81,8 +82,9 @@ def test_no_rewards_change_nothing() -> None:
     """An update without rewards, and merging with empty statistics, return the same statistics."""
     stats = RunningStatistics(count=3, mean=1.0, m2=2.0)
     assert update_statistics(stats, torch.zeros(0)) == stats
-    assert merge_statistics(stats, RunningStatistics()) == stats
-    assert merge_statistics(RunningStatistics(), stats) == stats
+    for seen in (stats, RunningStatistics(count=1, mean=1e200)):  # of which the squared distance from 0 overflows
+        assert merge_statistics(seen, RunningStatistics()) == seen
+        assert merge_statistics(RunningStatistics(), seen) == seen
 
 
 def test_rewards_must_be_finite() -> None:
@@ -144,9 +146,23 @@ def test_overlong_penalty(max_tokens: int, share: float, lengths: list[int], fac
 
 @pytest.mark.parametrize(
     ("buffer", "factor", "message"),
-    [(0, 1.0, "buffer=0"), (101, 1.0, "buffer=101 is not between 1 and max_tokens=100"), (5, -1.0, "factor=-1.0")],
+    [
+        (0, 1.0, "buffer=0"),
+        (101, 1.0, "buffer=101 is not between 1 and max_tokens=100"),
+        (5, -1.0, "factor=-1.0"),
+        (5, math.inf, "factor=inf"),
+    ],
 )
 def test_bad_penalty(buffer: int, factor: float, message: str) -> None:
-    """A buffer outside the completion and a penalty that rewards length are refused."""
+    """A buffer outside the completion, and a penalty that rewards length or is infinite, are refused."""
     with pytest.raises(ConfigError, match=message):
         overlong_penalty(torch.tensor([1]), max_tokens=100, buffer=buffer, factor=factor)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_penalty_of_16_bit_lengths_is_float32(dtype: torch.dtype) -> None:
+    """Lengths in 16 bits give the float32 penalty of the same lengths, not one that is rounded to 16 bits."""
+    lengths = torch.tensor([60, 71, 83, 99])
+    expected = overlong_penalty(lengths, max_tokens=100, buffer=37, factor=1.0)
+    actual = overlong_penalty(lengths.to(dtype), max_tokens=100, buffer=37, factor=1.0)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)

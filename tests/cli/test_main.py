@@ -23,7 +23,15 @@ from lightrft.tracking.progress import build_progress_tracker
 
 @pytest.mark.parametrize(
     "argv",
-    [["--help"], ["--version"], ["train", "--help"], ["evaluate", "--help"], ["train", "--print-config"], ["engines"]],
+    [
+        ["--help"],
+        ["--version"],
+        ["train", "--help"],
+        ["evaluate", "--help"],
+        ["conformance", "--help"],
+        ["train", "--print-config"],
+        ["engines"],
+    ],
 )
 def test_answers_without_torch(argv: list[str]) -> None:
     """Help, the version, the whole configuration and the registries are printed without importing torch."""
@@ -40,10 +48,10 @@ def test_answers_without_torch(argv: list[str]) -> None:
 
 
 def test_help_names_every_command_and_the_version(cli: Cli) -> None:
-    """`--help` lists the six commands; `--version` prints the version."""
+    """`--help` lists the seven commands; `--version` prints the version."""
     shown = cli("--help")
     assert shown.code == 0
-    for name in ("train", "evaluate", "report", "strategies", "engines", "doctor"):
+    for name in ("train", "evaluate", "report", "strategies", "engines", "doctor", "conformance"):
         assert name in shown.out
     assert cli("--version").out == f"lightrft {__version__}\n"
 

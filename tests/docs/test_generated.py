@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 from pages import ROOT
 
+from lightrft.testing.laws.registry import ENGINE_LAWS, STRATEGY_LAWS
+
 GENERATED = runpy.run_path(str(ROOT / "docs" / "generated.py"))
 
 
@@ -34,6 +36,14 @@ def test_every_law_of_the_protocols_is_on_the_page() -> None:
     ]
     assert len(laws) > 15
     assert [public for public, first_words in laws if first_words not in page] == []
+
+
+def test_every_law_of_the_suite_is_on_the_page() -> None:
+    """Each law that is tested is on the page, with its sentence, under its section."""
+    page = GENERATED["on_page_markdown"]((ROOT / "docs" / "laws.md").read_text())
+    for law in [*STRATEGY_LAWS.values(), *ENGINE_LAWS.values()]:
+        assert f"| `{law.id}` | {law.statement} |" in page
+        assert page.count(f"### {law.id.partition('.')[0].capitalize()}\n") == 1
 
 
 def test_the_tables_of_benchmark_runs_are_on_their_page() -> None:

@@ -10,18 +10,25 @@ from pathlib import Path
 import pytest
 
 from lightrft.strategy import StrategyConfig, get_strategy, registered_strategies
+from lightrft.testing.laws.registry import STRATEGY_LAWS
 
 PACKAGE = Path(__file__).parents[2] / "examples" / "custom_strategy"
 
 
-def test_its_own_tests_pass() -> None:
-    """The package's tests pass in a process of their own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:cov", str(PACKAGE / "tests")]
-    path = f"{PACKAGE / 'src'}:{PACKAGE.parents[1]}"
-    environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603 (our own)
+def test_its_own_tests_and_its_laws_pass() -> None:
+    """In a process of its own pytest passes the package's tests, and every law of strategies of one rank."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "lightrft.testing.plugin"]
+    environment = {
+        "PYTHONPATH": f"{PACKAGE / 'src'}:{PACKAGE.parents[1]}",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # the plugin is named, whether it is installed or not
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    command.append("--lightrft-max-examples=3")
+    done = subprocess.run(command, cwd=PACKAGE, env=environment, capture_output=True, text=True, check=False)  # noqa: S603 (our own)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "5 passed" in done.stdout
+    num_laws = sum(law.worlds != "several" for law in STRATEGY_LAWS.values())
+    assert f"{num_laws + 3} passed" in done.stdout
 
 
 def test_its_entry_point_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-# ruff: noqa: ARG001 (the parameters are what is compared)
+# ruff: noqa: ARG001, ARG002 (the parameters are what is compared)
+import dataclasses
 import functools
+import types
 from collections.abc import Callable
 from typing import Protocol
 
 import attrs
 import pytest
 
-from lightrft.testing.signatures import signature_differences, signature_differences_of_record
+from lightrft.testing.signatures import changeable_attribute, signature_differences, signature_differences_of_record
 
 
 class Scale(Protocol):
@@ -93,3 +95,62 @@ def test_records_are_compared_field_by_field() -> None:
     """Differences carry the field's name; fields that are no functions are left out."""
     assert signature_differences_of_record(Record(same, 1)) == []
     assert signature_differences_of_record(Record(renamed, 1)) == ["scale: parameter 1 is 'values' and must be 'data'"]
+
+
+class Counter:
+    """A class whose method has the right signature, and a state."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def scale(self, data: object, factor: object = 2.0, *, in_place: object = False) -> object:
+        self.calls += 1
+        return data
+
+
+@attrs.frozen
+class Settings:
+    """A class that nothing can change."""
+
+    def scale(self, data: object, factor: object = 2.0, *, in_place: object = False) -> object:
+        return data
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (functools.partial(same), "is a functools.partial, which hides the types of what it binds; use a nested def"),
+        (Counter().scale, "belongs to a Counter, whose state it may change; use a nested def"),
+        (None, "is a NoneType and must be a function"),
+    ],
+)
+def test_what_is_no_function_of_its_own_is_told(function: object, words: str) -> None:
+    """A partial, a method of an object that can change and None are told before any parameter."""
+    (difference,) = signature_differences(function, Scale)
+    assert difference.startswith(words)
+
+
+def test_a_method_of_what_is_frozen_is_a_function() -> None:
+    """A bound method of a frozen record has no state to hide."""
+    assert signature_differences(Settings().scale, Scale) == []
+
+
+def test_a_missing_field_is_named() -> None:
+    """A record of another class is held against the contract's fields."""
+    lacking = attrs.make_class("Lacking", ["size"], frozen=True)(1)
+    assert signature_differences_of_record(lacking, Record) == ["scale: is missing"]
+
+
+@pytest.mark.parametrize(
+    ("record", "name"),
+    [
+        (Record(same, 1), None),
+        (types.SimpleNamespace(scale=same, size=1), "scale"),
+        (dataclasses.make_dataclass("Loose", ["scale", "size"])(same, 1), "scale"),
+        (dataclasses.make_dataclass("Tight", ["scale", "size"], frozen=True)(same, 1), None),
+        (attrs.make_class("Open", ["scale", "size"])(same, 1), "scale"),
+    ],
+)
+def test_a_record_that_can_be_changed_is_told(record: object, name: str | None) -> None:
+    """Frozen records of attrs and dataclasses refuse; plain classes and others that are not frozen do not."""
+    assert changeable_attribute(record, Record) == name

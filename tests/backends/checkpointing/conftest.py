@@ -48,7 +48,7 @@ class Awkward(nn.Module):
         return self.head(hidden_TH).square().mean() + 0.01 * mixed
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def checkpointing() -> CheckpointFunctions:
     def unwrap_model(model: nn.Module) -> nn.Module:
         return getattr(model, "wrapped", model)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
@@ -65,6 +66,8 @@ def test_transformers_reads_what_is_saved(
     assert loaded.generation_config.temperature == 0.5
     model.save_pretrained(tmp_path / "theirs")
     theirs = load_file(tmp_path / "theirs" / "model.safetensors")
+    with safe_open(path / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
     assert theirs.keys() == load_file(path / "model.safetensors").keys()
     config = json.loads((tmp_path / "theirs" / "config.json").read_text())
     assert json.loads((path / "config.json").read_text()) == config
@@ -161,8 +164,9 @@ def test_a_failing_export_leaves_nothing(tmp_path: Path, checkpointing: Checkpoi
         ('{"weight_map": {"weight": "../model.safetensors"}}', "outside of its directory"),
         ('{"weight_map": {"weight": "none.safetensors"}}', "none.safetensors is not a whole safetensors file"),
         ('{"weight_map": {"weight": "model.safetensors"}}', "has what the live state lacks: bias in the index"),
-        ('{"weight_map": 3}', "where an object belongs"),
-        ("{", "is not JSON"),
+        ('{"weight_map": 3}', r"model\.safetensors\.index\.json holds .*where an object belongs"),
+        ("3", r"model\.safetensors\.index\.json holds .*where an object belongs"),
+        ("{", r"model\.safetensors\.index\.json is not JSON"),
     ],
 )
 def test_damaged_indices_are_refused(

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightrft.backends.checkpointing.canonical import CheckpointFunctions, build_checkpointing
 from lightrft.backends.collectives.single import build_collectives
-from lightrft.errors import CheckpointError, ConfigError
+from lightrft.errors import CheckpointError, ConfigError, LightRFTError
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.protocols.collectives import Collectives, TensorTree, World
 
@@ -22,9 +22,9 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def world_of(world_size: int) -> list[Collectives]:
-    """Collectives of ranks that are threads of this process and meet at a barrier."""
-    barrier = threading.Barrier(world_size, timeout=20)
+def world_of(barrier: threading.Barrier) -> list[Collectives]:
+    """Collectives of ranks that are threads of this process and meet at the barrier."""
+    world_size = barrier.parties
     slots: list[TensorTree] = [0] * world_size
 
     def rank_of(rank: int) -> Collectives:
@@ -47,15 +47,19 @@ def world_of(world_size: int) -> list[Collectives]:
 
 def on_ranks(world_size: int, action: Callable[[CheckpointFunctions, int], object]) -> list[object]:
     """What every rank returned or raised."""
+    barrier = threading.Barrier(world_size, timeout=20)
 
     def run(rank: int, collectives: Collectives) -> object:
         try:
             return action(build_checkpointing(collectives=collectives, unwrap_model=unwrap_model), rank)
+        except LightRFTError as error:  # ranks agree on these, so nobody is left waiting
+            return error
         except Exception as error:  # noqa: BLE001 (it is compared)
+            barrier.abort()
             return error
 
     with ThreadPoolExecutor(world_size) as pool:
-        return list(pool.map(run, range(world_size), world_of(world_size)))
+        return list(pool.map(run, range(world_size), world_of(barrier)))
 
 
 @pytest.mark.parametrize(("writers", "readers"), [(1, 2), (2, 1), (2, 2), (3, 2), (2, 3)])

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -33,7 +33,8 @@ Snapshot = Callable[[Trainable], dict[str, object]]
     schedule=st.sampled_from(["none", "lambda", "cosine", "multistep", "plateau"]),
     further=st.integers(0, 3),
 )
-@settings(deadline=None, max_examples=12)
+# the fixture is a record of functions: it holds nothing from one example to the next
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_load_restores_every_bit_and_the_run_goes_on_as_if_never_interrupted(
     checkpointing: CheckpointFunctions,
     make_trainable: Make,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import sys
 from collections.abc import Iterator
@@ -223,6 +224,17 @@ def test_teardown_without_set_up_does_nothing(collectives: CollectiveFunctions) 
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_streams_after_a_teardown_are_a_function_of_the_seed() -> None:
+    """Teardown leaves a stream that differs from seed to seed, and from every stream that a set-up seeds."""
+    numbers: list[int] = []
+    for seed in range(4):
+        built = build_collectives(StrategyConfig(seed=seed))
+        for after in (built.setup_distributed, built.teardown):
+            after()
+            numbers.append(torch.initial_seed())
+    assert len(set(numbers)) == len(numbers)
+
+
 @given(st.integers(0, 2**64), st.integers(0, 1000))
 def test_streams_of_different_ranks_differ(seed: int, rank: int) -> None:
     """Stream seeds fit torch's range and differ between neighbouring seeds and ranks."""
@@ -240,6 +252,14 @@ def test_world_of_one(collectives: CollectiveFunctions, capsys: pytest.CaptureFi
     assert collectives.barrier() is None
     collectives.print("step", 3)
     assert capsys.readouterr().out == "step 3\n"
+
+
+def test_what_is_printed_is_there_at_once(collectives: CollectiveFunctions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A printed line is flushed, so that the log of a run that is killed ends with it."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(written), encoding="utf-8"))
+    collectives.print("step", 4)
+    assert written.getvalue() == b"step 4\n"
 
 
 @pytest.mark.parametrize("timeout", [0, -1.0, timedelta(0), float("nan")])

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
+import attrs
 import pytest
 import torch
 from hypothesis import given, settings
@@ -267,7 +268,59 @@ def test_logits_that_are_not_finite_are_reported(tiny_model: BuildTinyModel, pat
         generator.generate([[1], [2]], SamplingParams(max_new_tokens=3, temperature=temperature), [7, 8])
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_the_prompt_whose_logits_are_not_finite_is_named(tiny_model: BuildTinyModel, path: Path) -> None:
+    """Of several prompts the one whose token has a row of nan is named, and its first sample."""
+    model = tiny_model("llama", tie_word_embeddings=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[40] = float("nan")
+    generator = build_token_generator(model, path=path)
+    params = SamplingParams(max_new_tokens=2, n=2, temperature=0.0)
+    with pytest.raises(EngineStateError, match=r"after prompt 2 \(sample 0\) are not finite; load finite weights"):
+        generator.generate([[1], [2, 3], [40], [5]], params)
+
+
 def test_importing_it_does_not_import_transformers() -> None:
     """The package transformers is optional: modules that are handed a model only name its type."""
     code = "import sys, lightrft.backends.rollout.generation; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0  # noqa: S603  # our own code
+
+
+def test_sequences_that_ended_are_not_decoded_further(tiny_model: BuildTinyModel) -> None:
+    """Once half of a batch has ended the others go on alone, and nothing is decoded when all have ended.
+
+    Of each sequence only the last position's logits are made.
+    """
+    model = tiny_model("llama")
+    params = SamplingParams(max_new_tokens=12, temperature=0.0)
+    generator = build_token_generator(model, path="transformers")
+    free = _tokens(generator.generate(RAGGED, params))
+    rows: list[tuple[int, int]] = []
+
+    def watch(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        del module
+        rows.append((args[0].shape[0], args[0].shape[1]))
+
+    with_hook = model.get_output_embeddings().register_forward_pre_hook(watch)
+    stops = tuple({tokens[2] for tokens in free[:4]})
+    made = generator.generate(RAGGED, attrs.evolve(params, stop_token_ids=stops))
+    with_hook.remove()
+    ends = [len(one.token_ids) if one.finish_reason == "stop" else 12 for one in made]
+    assert {width for _, width in rows} == {1}
+    batch, batches = len(RAGGED), [len(RAGGED)]  # the prompt's own forward, whatever its order
+    for made_so_far in range(1, max(ends)):
+        live = sum(end > made_so_far for end in ends)
+        batch = live if live <= batch / 2 else batch
+        batches.append(batch)
+    assert [count for count, _ in rows] == batches
+    assert batches[-1] < len(RAGGED)
+    assert generator.generate([RAGGED[0]], attrs.evolve(params, stop_token_ids=free[0][:1]))[0].token_ids == free[0][:1]
+
+
+def test_a_model_that_is_set_to_keep_no_cache_generates(tiny_model: BuildTinyModel) -> None:
+    """`use_cache=False` in a model's config, as training sets it, changes no token."""
+    params = SamplingParams(max_new_tokens=4, temperature=0.0)
+    model = tiny_model("llama")
+    expected = _tokens(build_token_generator(model, path="transformers").generate(RAGGED, params))
+    model.config.use_cache = False
+    assert _tokens(build_token_generator(model, path="transformers").generate(RAGGED, params)) == expected

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import attrs
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from lightrft.backends.rollout.hf import build_hf
 from lightrft.config.sections import EngineConfig
@@ -152,3 +153,44 @@ def test_an_aborted_update_is_torn() -> None:
     handle.engine.begin_update(handle)
     handle.engine.abort(handle)
     assert handle.status == "torn"
+
+
+def test_finish_reasons_say_how_a_completion_ended() -> None:
+    """A completion that reached a stop token says so, and one that reached the limit says that."""
+    handle = start(model_of(0))
+    limit = SamplingParams(max_new_tokens=4, temperature=0.0)
+    completions = handle.engine.generate(handle, PROMPTS, limit)
+    assert [c.finish_reason for c in completions] == ["length"] * 3
+    stops = tuple({c.token_ids[1] for c in completions})
+    for stopped in handle.engine.generate(handle, PROMPTS, attrs.evolve(limit, stop_token_ids=stops)):
+        assert (stopped.finish_reason, len(stopped.token_ids) <= 2) == ("stop", True)
+
+
+def test_the_batch_size_bounds_what_is_decoded_at_once() -> None:
+    """No forward of the engine's model sees more sequences than batch_size, and the completions are the same.
+
+    The engine claims to sample, wakes on its device, and holds nothing when it is closed.
+    """
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=32, n_positions=32, n_embd=8, n_layer=1, n_head=2)  # decoded by its own forward
+    model = GPT2LMHeadModel(config).eval()
+    made: list[object] = []
+    for batch_size in (1, 2, 9):
+        handle = build_hf(EngineConfig(batch_size=batch_size)).start(EngineSource(model=model, tokenizer=None))
+        rows: list[int] = []
+
+        def watch(module: nn.Module, args: tuple[torch.Tensor, ...], rows: list[int] = rows) -> None:
+            del module
+            rows.append(args[0].shape[0])
+
+        handle.state.weights.model.get_input_embeddings().register_forward_pre_hook(watch)
+        made.append([c.token_ids for c in handle.engine.generate(handle, PROMPTS, SamplingParams(max_new_tokens=3))])
+        assert max(rows) == min(batch_size, len(PROMPTS))
+        assert handle.engine.capabilities == frozenset({"sampling"})
+        handle.engine.sleep(handle)
+        handle.state.device = torch.device("meta")  # every machine has it
+        handle.engine.wake(handle)
+        assert {tensor.device.type for tensor in handle.state.weights.model.parameters()} == {"meta"}
+        handle.engine.close(handle)
+        assert handle.state is None
+    assert made[0] == made[1] == made[2]

@@ -96,3 +96,21 @@ def test_refresh_follows_the_weights(tiny_model: BuildTinyModel, model_type: str
             decoder.prefill([[4, 2]], torch.tensor([0]), 2)
         decoder.refresh()
         torch.testing.assert_close(decoder.prefill([[4, 2]], torch.tensor([0]), 2)[0], logits_BV)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "passes"),
+    [
+        ([3, 1, 4, 2], [[1, 3], [0], [2]]),
+        ([1, 3], [[0, 1]]),
+        ([2, 2, 2], [[0, 1], [2]]),
+        ([9, 1], [[1], [0]]),
+        ([1, 1, 1, 1, 1], [[0, 1, 2, 3], [4]]),
+    ],
+)
+def test_prompts_are_read_in_passes_of_bounded_size(
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int], passes: list[list[int]]
+) -> None:
+    """Prompts come by ascending length; a pass takes as many as its tokens allow, and at least one."""
+    monkeypatch.setattr(llama_decoder, "_PREFILL_TOKENS", 4)
+    assert list(llama_decoder._passes(lengths)) == passes

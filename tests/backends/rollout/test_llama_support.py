@@ -29,7 +29,12 @@ def test_plain_models_are_supported(tiny_model: BuildTinyModel, model_type: str)
         ("gemma2", {"head_dim": 8}, "Gemma2ForCausalLM"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, "sliding_attention"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_parameters"),
-        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "'partial_rotary_factor': 0.5",
+        ),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not 'silu'"),
     ],
 )
 def test_unusual_settings_are_named(
@@ -64,6 +69,10 @@ def test_replaced_modules_are_refused(tiny_model: BuildTinyModel) -> None:
     model.set_submodule("model.layers.1.mlp.up_proj", nn.Sequential(nn.Linear(32, 48, bias=False)))
     assert "model.layers.1.mlp.up_proj is a Sequential" in str(explain_unsupported(model))
 
+    headed = tiny_model("llama")
+    headed.set_submodule("lm_head", type("Head", (nn.Linear,), {})(32, headed.config.vocab_size, bias=False))
+    assert "lm_head is a Head, not a plain Linear" in str(explain_unsupported(headed))
+
     other = tiny_model("llama")
     special = type("Special", (nn.Parameter,), {})
     other.get_submodule("model.norm").weight = special(torch.ones(32))
@@ -84,3 +93,6 @@ def test_hooks_are_refused(tiny_model: BuildTinyModel) -> None:
     assert "model.layers.0 has forward hooks" in str(explain_unsupported(model))
     handle.remove()
     assert explain_unsupported(model) is None
+    handle = model.register_forward_pre_hook(lambda *_: None)
+    assert "Qwen3ForCausalLM has forward hooks" in str(explain_unsupported(model))
+    handle.remove()

@@ -24,16 +24,18 @@ def test_joined_outputs_stand_side_by_side(num_inputs: int, rows: int, *, has_bi
     torch.testing.assert_close(made_NO.double(), expected_NO, atol=5e-6, rtol=1e-5)
 
 
-def test_only_large_float32_weights_are_packed() -> None:
-    """Small weights and other types stay plain."""
-    assert not can_pack(torch.zeros(16, 16))
-    assert not can_pack(torch.zeros(512, 512, dtype=torch.float64))
-    assert not can_pack(torch.zeros(512, 512, device="meta"))
-
-
 def test_a_single_small_weight_is_not_copied() -> None:
     """A change in place of an unpacked single weight shows at once."""
     weight_OI = torch.zeros(3, 4)
     project = build_projection([weight_OI], [])
     weight_OI += 1
     assert project(torch.ones(1, 4)).tolist() == [[4.0, 4.0, 4.0]]
+
+
+def test_large_float32_weights_are_packed_where_torch_can() -> None:
+    """From 65536 weights on, in float32 on the CPU, a weight is packed if this build of torch has the operators."""
+    names = ("_reorder_linear_weight", "_linear_pointwise")
+    has_operators = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+    assert can_pack(torch.empty(256, 256)) == has_operators
+    for weight in (torch.empty(255, 256), torch.empty(256, 256).double(), torch.empty(256, 256, device="meta")):
+        assert not can_pack(weight)

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lightrft.backends.rollout.random_streams import stream_keys, uniforms
@@ -83,6 +83,7 @@ def test_drawn_frequencies_pass_a_chi_square_test() -> None:
     top_p=st.floats(0.01, 1.0),
     temperature=st.sampled_from([0.5, 1.0, 1.7]),
 )
+@example(seed=0, vocabulary_size=9, top_k=1, top_p=1.0, temperature=1.0)
 @settings(deadline=None, max_examples=60)
 def test_top_k_and_top_p_equal_a_plain_loop(
     seed: int, vocabulary_size: int, top_k: int, top_p: float, temperature: float
@@ -106,6 +107,45 @@ def test_top_p_over_a_large_vocabulary(spread: float, top_p: float) -> None:
     kept_BC, ids_BC = keep_candidates(probs_V[None], top_k=0, top_p=top_p)
     expected = _surviving(probs_V.double().numpy(), 0, top_p)
     assert set(ids_BC[kept_BC > 0].tolist()) == set(np.nonzero(expected)[0].tolist())
+    assert kept_BC.shape == ids_BC.shape == (1, 1024 if spread == 3.0 and top_p < 1 else 5000)
+
+
+def test_top_p_tries_a_thousand_tokens_for_all_rows_together() -> None:
+    """Rows of different peaks need no sort of the whole vocabulary; one flat row among them makes it one for all."""
+    peaked_BV = torch.cat([_logits(2, 1, 5000, spread=3.0), _logits(6, 2, 5000, spread=4.0)]).softmax(-1)
+    flat_BV = torch.cat([peaked_BV, _logits(2, 1, 5000, spread=0.1).softmax(-1)])
+    for probs_BV, num_columns in ((peaked_BV, 1024), (flat_BV, 5000)):
+        kept_BC, ids_BC = keep_candidates(probs_BV, top_k=0, top_p=0.7)
+        assert kept_BC.shape == (len(probs_BV), num_columns)
+        for row, probs_V in enumerate(probs_BV.double().numpy()):
+            expected = set(np.nonzero(_surviving(probs_V, 0, 0.7))[0].tolist())
+            assert set(ids_BC[row][kept_BC[row] > 0].tolist()) == expected
+
+
+def test_top_p_stops_where_the_share_is_reached() -> None:
+    """The token that makes the share reach top_p is the last one that is kept."""
+    kept_BC, _ = keep_candidates(torch.tensor([[0.25, 0.5, 0.125, 0.125]]), top_k=0, top_p=0.75)
+    assert kept_BC.tolist() == [[0.5, 0.25, 0.0, 0.0]]
+
+
+def test_without_top_p_nothing_is_dropped_beside_top_k() -> None:
+    """At top_p 1 a token that is too unlikely to change the sum of the others is kept."""
+    kept_BC, ids_BC = keep_candidates(torch.tensor([[1e-30, 1.0, 1e-32]]), top_k=2, top_p=1.0)
+    assert ids_BC.tolist() == [[1, 0]]
+    assert (kept_BC > 0).all()
+
+
+@pytest.mark.parametrize("vocabulary_size", [6, 4096, 4133])
+@pytest.mark.parametrize("place", [0, -1])
+def test_the_first_and_the_last_token_can_be_drawn(vocabulary_size: int, place: int) -> None:
+    """A row that allows one token gives it for every uniform number, also at either end of the vocabulary."""
+    logits_BV = torch.full((3, vocabulary_size), float("-inf"))
+    logits_BV[:, place] = 0.0
+    uniforms_B = torch.tensor([0.0, 0.5, 1 - 2.0**-52], dtype=torch.float64)
+    with torch.device("meta"):  # results stay with the logits, whatever torch's default device is
+        tokens_B, logprobs_B = sample_tokens(logits_BV, uniforms_B=uniforms_B, params=SamplingParams(), banned_C=None)
+    assert tokens_B.tolist() == [range(vocabulary_size)[place]] * 3
+    assert logprobs_B.tolist() == [0.0] * 3
 
 
 @pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(top_k=3), SamplingParams(top_p=0.5)])

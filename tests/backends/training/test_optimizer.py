@@ -84,9 +84,11 @@ def test_groups_are_never_empty() -> None:
 
 
 def test_settings_reach_the_optimizer() -> None:
-    """Learning rate, betas, eps and the fused kernel are those that were asked for."""
+    """Learning rate, betas, eps and the fused kernel are those that were asked for, or those of the signature."""
     group = create_adamw(nn.Linear(2, 2), lr=0.5, betas=(0.1, 0.2), eps=1e-3).param_groups[0]
     assert (group["lr"], group["betas"], group["eps"], group["fused"]) == (0.5, (0.1, 0.2), 1e-3, True)
+    group = create_adamw(nn.Linear(2, 2)).param_groups[0]
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (1e-5, (0.9, 0.95), 1e-8, 0.0)
 
 
 def test_a_model_without_trained_parameters_is_refused() -> None:
@@ -173,3 +175,10 @@ def test_unknown_schedules_and_empty_runs_are_refused() -> None:
         build_schedule(optimizer, "cosin", num_steps=1)
     with pytest.raises(ConfigError, match="max_steps=0"):
         build_schedule(optimizer, "linear", num_steps=0)
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_the_warm_up_rises_by_equal_parts(kind: str) -> None:
+    """Step i of a warm-up over three steps uses (i + 1) / 4 of the peak, and the step after it the peak."""
+    rates = [rate_factor(step, kind, num_steps=9, warmup_steps=3, min_ratio=0.1) for step in range(4)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0], rel=1e-15)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 from lightrft.backends.training.autocast import AutocastModel, wrap_autocast
+from lightrft.backends.training.dataloader import build_setup_dataloader
 from lightrft.backends.training.memory import _resident_bytes, move_handles
 from lightrft.backends.training.parameters import named_tensors
 from lightrft.backends.training.record import TrainingFunctions
@@ -64,18 +65,37 @@ def test_prepare_reward_model_freezes() -> None:
     assert not model.weight.requires_grad
 
 
-@pytest.mark.parametrize(
-    ("reward_models", "count"),
-    [(None, 0), (nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1)), 1), ([nn.Linear(2, 1), nn.Linear(2, 1)], 2), ((), 0)],
-)
-def test_prepare_models_and_optimizers_takes_what_there_is(reward_models: object, count: int) -> None:
-    """Any of critic, reward models and reference may be missing; one Sequential is one reward model."""
+def test_prepare_models_and_optimizers_takes_what_there_is() -> None:
+    """Any of critic, reward models and reference may be missing; one Sequential is one reward model; all are frozen."""
     strategy = training()
-    actor, critic, rewards, initial = strategy.prepare_models_and_optimizers(nn.Linear(2, 2), None, reward_models, None)
-    assert isinstance(actor, Trainable)
-    assert (critic, initial) == (None, None)
-    assert len(rewards) == count
-    assert not any(parameter.requires_grad for model in rewards for parameter in model.parameters())
+    whole = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1))
+    two = [nn.Linear(2, 1), nn.Linear(2, 1)]
+    for reward_models, expected in ((None, []), (whole, [whole]), (two, two), ((), [])):
+        actor, critic, rewards, initial = strategy.prepare_models_and_optimizers(
+            nn.Linear(2, 2), None, reward_models, None
+        )
+        assert isinstance(actor, Trainable)
+        assert (critic, initial) == (None, None)
+        assert rewards == expected
+        assert not any(parameter.requires_grad for model in rewards for parameter in model.parameters())
+        assert not any(model.training for model in rewards)
+
+
+def test_warm_up_and_floor_of_the_rate_are_the_config_s() -> None:
+    """The schedules rise over lr_warmup_ratio of the run and end at min_lr_ratio; by default a run is one step."""
+    strategy = training(actor_learning_rate=1.0, lr_scheduler="linear", lr_warmup_ratio=0.4, min_lr_ratio=0.5)
+
+    def rates(*max_steps: int) -> list[float]:
+        trainable, *_ = strategy.prepare_models_and_optimizers(nn.Linear(2, 2), None, None, None, None, *max_steps)
+        found = []
+        for _ in range(5):
+            found.append(trainable.optimizer.param_groups[0]["lr"])
+            trainable.optimizer.step()
+            trainable.scheduler.step()
+        return found
+
+    assert rates(5) == pytest.approx([1 / 3, 2 / 3, 1.0, 0.75, 0.5])
+    assert rates() == pytest.approx([1.0, 0.5, 0.5, 0.5, 0.5])
 
 
 def test_optimizers_are_made_from_the_settings() -> None:
@@ -161,6 +181,27 @@ def test_a_wrapped_model_has_the_attributes_of_the_plain_one() -> None:
     assert wrap_autocast(nn.Identity())(torch.ones(1)).item() == 1.0
 
 
+def test_a_wrapped_model_passes_on_every_argument() -> None:
+    """Arguments by position and by name reach the model's forward."""
+
+    class Affine(nn.Module):
+        def forward(self, values: torch.Tensor, *, shift: float = 0.0) -> torch.Tensor:
+            return values + shift
+
+    assert wrap_autocast(Affine())(torch.ones(1), shift=2.0).item() == 3.0
+
+
+def test_bf16_is_bfloat16_whatever_torch_s_own_choice_is() -> None:
+    """The forward computes in bfloat16 even if somebody set torch's autocast to float16."""
+    model = wrap_autocast(nn.Linear(2, 2))
+    before = torch.get_autocast_dtype("cpu")
+    torch.set_autocast_dtype("cpu", torch.float16)
+    try:
+        assert model(torch.ones(1, 2)).dtype == torch.bfloat16
+    finally:
+        torch.set_autocast_dtype("cpu", before)
+
+
 def test_named_tensors_are_parameters_and_persistent_buffers() -> None:
     """Every parameter and persistent buffer comes under its plain name, a tied tensor under each, without copies."""
 
@@ -212,7 +253,7 @@ def test_averages_of_another_model_are_refused() -> None:
     strategy = training()
     with pytest.raises(ConfigError, match=r"beta=1.5"):
         strategy.moving_average(nn.Linear(1, 1), nn.Linear(1, 1), 1.5)
-    with pytest.raises(ConfigError, match="'bias' and 0 other"):
+    with pytest.raises(ConfigError, match="model_ema=Linear differs from the model in 'bias' and 0 other"):
         strategy.moving_average(nn.Linear(1, 1), nn.Linear(1, 1, bias=False))
     with pytest.raises(ConfigError, match="'weight'"):
         strategy.moving_average(nn.Linear(2, 1), nn.Linear(1, 1))
@@ -249,6 +290,25 @@ def test_dataloaders_are_permutations_that_resume() -> None:
     resumed = strategy.setup_dataloader(dataset, 2)
     resumed.sampler.load_state_dict(json.loads(json.dumps(first.sampler.state_dict())))
     assert numbers(resumed) == epochs[0][2:]
+
+
+def test_the_order_of_samples_is_a_function_of_the_seed() -> None:
+    """Equal seeds give one order and others another."""
+    dataset = TensorDataset(torch.arange(20))
+    orders = [numbers(training(seed=seed).setup_dataloader(dataset, 2)) for seed in (5, 5, 6)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_ranks_share_the_samples_out(shuffle: bool) -> None:
+    """The loaders of all ranks show each sample once between them, in as many batches."""
+    dataset = TensorDataset(torch.arange(12))
+    parts = [
+        numbers(build_setup_dataloader(seed=5, rank=rank, world_size=3)(dataset, 2, shuffle=shuffle))
+        for rank in range(3)
+    ]
+    assert [len(part) for part in parts] == [2, 2, 2]
+    assert sorted(number for part in parts for batch in part for number in batch) == list(range(12))
 
 
 def test_dataloaders_take_torch_s_choices() -> None:
@@ -314,6 +374,33 @@ def test_optimizer_state_moves_with_the_kernel_s_needs() -> None:
         assert state["exp_avg"].device.type == "meta"
         assert state["step"].device.type == ("meta" if fused else "cpu")
         assert state["note"] == "not a tensor"
+
+
+def test_models_move_where_they_are_told() -> None:
+    """A model's parameters, buffers and gradients are on the device that was named."""
+    model = nn.BatchNorm1d(2)
+    model(torch.ones(3, 2)).sum().backward()
+    move_handles((model,), "meta")
+    for tensor in (*model.parameters(), *model.buffers(), model.weight.grad):
+        assert tensor.device.type == "meta"
+
+
+def test_step_counts_of_capturable_optimizers_move() -> None:
+    """A capturable kernel reads its step counts on the device, so they move with the rest of the state."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    optimizer.param_groups[0]["capturable"] = True  # torch itself would ask for a CUDA device to step
+    move_handles((optimizer,), "meta")
+    assert optimizer.state[model.weight]["step"].device.type == "meta"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a CUDA device tensors are allocated there")
+def test_without_a_device_nothing_is_allocated_on_it() -> None:
+    """A process without a CUDA device reports no bytes there."""
+    report = training().report_memory()
+    assert (report.allocated, report.peak_allocated) == (0, 0)
 
 
 def test_memory_reports_follow_allocations(tmp_path: Path) -> None:

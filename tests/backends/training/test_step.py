@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lightrft.backends.training.clipping import clip_gradients, not_finite_reason
 from lightrft.backends.training.record import TrainingFunctions
 from lightrft.backends.training.schedule import build_schedule
 from lightrft.backends.training.single import build_training
+from lightrft.backends.training.window import MICRO_BATCHES, PENDING, open_window
 from lightrft.errors import StepError
 from lightrft.strategy.config import StrategyConfig
 
@@ -154,6 +156,7 @@ def test_nothing_changes_inside_a_window(steps: int, windows: int) -> None:
             if part < steps:
                 assert_same_bits(snapshot(model, optimizer), before)
                 assert (result.stepped, result.grad_norm, result.skipped_reason) == (False, None, None)
+                assert result.learning_rate == before["rates"][0].item()
         assert result.stepped
         assert scheduler.last_epoch == window + 1
         assert {int(state["step"]) for state in optimizer.state.values()} == {window + 1}
@@ -377,3 +380,76 @@ def test_same_seed_same_bits() -> None:
         return snapshot(model, optimizer)
 
     assert_same_bits(run(), run())
+
+
+def with_gradients(*gradients: torch.Tensor) -> tuple[nn.ParameterDict, torch.optim.Optimizer]:
+    """A model of named parameters that have these gradients, and an optimizer over all of them."""
+    model = nn.ParameterDict({f"p{i}": nn.Parameter(torch.zeros_like(g)) for i, g in enumerate(gradients)})
+    for parameter, gradient in zip(model.values(), gradients, strict=True):
+        parameter.grad = gradient
+    return model, torch.optim.SGD(model.values(), lr=1.0)
+
+
+def test_a_norm_at_the_bound_is_not_clipped() -> None:
+    """A gradient whose norm is max_norm itself keeps its bits; one that is a little longer is scaled to the bound."""
+    for length, clipped in ((1.0, [3.0, 4.0]), (2.0, [3.0, 4.0])):
+        _, optimizer = with_gradients(torch.tensor([3.0, 4.0], dtype=torch.float64) * length)
+        assert clip_gradients(optimizer, 5.0) == 5.0 * length
+        found = optimizer.param_groups[0]["params"][0].grad.tolist()
+        assert found == (clipped if length == 1.0 else pytest.approx(clipped, rel=1e-6))
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_gradient_whose_norm_is_not_finite_is_left_alone(bad: float) -> None:
+    """Clipping returns a norm that is not finite as it is and changes no entry of the gradient."""
+    _, optimizer = with_gradients(torch.tensor([1.0, bad, 2.0]), torch.tensor([7.0]))
+    assert repr(clip_gradients(optimizer, 0.5)) == repr(bad)
+    first, second = (parameter.grad for parameter in optimizer.param_groups[0]["params"])
+    assert (first[0], first[2], second[0]) == (1.0, 2.0, 7.0)
+
+
+def test_double_precision_gradients_keep_it_beside_half_precision_ones() -> None:
+    """The norm over a float64 and a bfloat16 gradient has the precision of the float64 one."""
+    _, optimizer = with_gradients(torch.tensor([1 / 3], dtype=torch.float64), torch.zeros(2, dtype=torch.bfloat16))
+    assert clip_gradients(optimizer, 0.0) == pytest.approx(1 / 3, rel=1e-15)
+
+
+def test_the_reason_names_the_first_trained_parameter_at_fault() -> None:
+    """Parameters with a finite gradient, without one, or that are not trained are not blamed."""
+    model, optimizer = with_gradients(torch.ones(1), torch.tensor([math.nan]), torch.tensor([math.inf]))
+    assert "'p1'" in not_finite_reason(math.nan, model, optimizer)
+    model["p1"].grad = None
+    assert "'p2'" in not_finite_reason(math.inf, model, optimizer)
+    untrained = torch.optim.SGD([model["p0"]], lr=1.0)
+    assert "at fault" not in not_finite_reason(math.inf, model, untrained)
+
+
+def test_a_window_opens_empty_and_closes_empty() -> None:
+    """An optimizer's first group holds the position from the start, keeps one it has, and is empty after a window."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    open_window(optimizer)
+    group = optimizer.param_groups[0]
+    assert (group[MICRO_BATCHES], group[PENDING]) == (0, False)
+    strategy = training(train_batch_size=2)
+    positions = []
+    for part in range(2):
+        strategy.backward(mean_loss(model, *samples(1, seed=part)), model, optimizer)
+        assert group[PENDING] is True
+        strategy.optimizer_step(optimizer, model, None)
+        positions.append(group[MICRO_BATCHES])
+        assert group[PENDING] is False
+        open_window(optimizer)
+        assert group[MICRO_BATCHES] == positions[-1]
+    assert positions == [1, 0]
+
+
+def test_an_optimizer_that_was_never_prepared_counts_from_the_first_micro_batch() -> None:
+    """The user's own optimizer steps at the end of the first window, not before."""
+    model = network()
+    strategy, optimizer = training(train_batch_size=3), torch.optim.SGD(model.parameters(), lr=0.1)
+    stepped = []
+    for part in range(3):
+        strategy.backward(mean_loss(model, *samples(1, seed=part)), model, optimizer)
+        stepped.append(strategy.optimizer_step(optimizer, model, None).stepped)
+    assert stepped == [False, False, True]

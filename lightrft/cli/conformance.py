@@ -1,0 +1,146 @@
+"""`lightrft conformance`: whether a strategy or an engine obeys its laws."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightrft.cli.command import Command
+from lightrft.cli.failures import EXIT_FAILED, EXIT_OK
+from lightrft.cli.terminal import say
+from lightrft.config import EngineConfig, load_config
+from lightrft.errors import ConfigError, MissingPackageError
+
+if TYPE_CHECKING:
+    from lightrft.testing.conformance import OnFinding
+    from lightrft.testing.law import Law
+    from lightrft.testing.report import Finding, Report
+    from lightrft.testing.subject import Subject, SubjectKind
+
+__all__ = ["COMMAND"]
+
+_KINDS = ("strategy", "engine")
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kind", choices=_KINDS, help="what TARGET builds, where its annotations do not say it")
+    parser.add_argument("--engine", metavar="KEY", help="the engine that a strategy is tested with (default scripted)")
+    parser.add_argument("--laws", nargs="+", action="extend", metavar="PATTERN", help='such as "step.*" (default: all)')
+    parser.add_argument("--world-size", nargs="+", type=int, default=[1], metavar="N", help="numbers of ranks (1)")
+    parser.add_argument("--ranks", choices=("processes", "simulated"), help="where ranks run; one runs here by default")
+    parser.add_argument("--max-examples", type=int, default=30, metavar="N", help="examples of each law (default 30)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the examples (default 0)")
+    parser.add_argument("--example", metavar="JSON", help="look at this one case, which a broken law gave")
+    parser.add_argument("--report", metavar="FILE", help="write an HTML page, too")
+
+
+def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
+    targets = [word for word in words if "=" not in word]
+    if len(targets) != 1:
+        raise ConfigError(f"{len(targets)} targets are given; name one: lightrft conformance TARGET.")
+    output = None if args.report is None else _writable(args.report)
+    if importlib.util.find_spec("hypothesis") is None:
+        raise MissingPackageError(
+            "hypothesis is not installed and draws the examples; pip install 'lightrft[testing]'."
+        )
+    here = str(Path.cwd())
+    if here not in sys.path:  # as for `python -m`: what lies where the user stands can be imported
+        sys.path.insert(0, here)
+    # heavy imports after all that can be refused without them
+    from hypothesis.configuration import set_hypothesis_home_dir
+
+    from lightrft.cli.preflight import set_threads
+    from lightrft.testing.conformance import hold
+    from lightrft.testing.laws.registry import choose_laws
+    from lightrft.testing.target import kind_of_target
+
+    kind: SubjectKind = args.kind or kind_of_target(targets[0])
+    patterns: Sequence[str] = args.laws or ()
+    laws = choose_laws(kind, [pattern for pattern in patterns if "=" not in pattern])
+    # settings that stand behind --laws came with it
+    settings = [word for word in (*words, *patterns) if "=" in word]
+    subject = _subject(targets[0], kind, settings, engine=args.engine)
+    set_threads(1)  # tensors of laws are small
+    with tempfile.TemporaryDirectory() as directory:
+        set_hypothesis_home_dir(directory)  # or else it would keep things where the user stands
+        report = hold(
+            subject,
+            laws,
+            world_sizes=args.world_size,
+            max_examples=args.max_examples,
+            seed=args.seed,
+            example=args.example,
+            ranks=args.ranks,
+            on_finding=_build_show(laws, args.world_size),
+        )
+    say(*_conclusion(report))
+    if output is not None:
+        from lightrft.testing.page import write_page
+
+        say(f"report: {write_page(report, output)}")
+    return EXIT_FAILED if any(finding.outcome == "broken" for finding in report.findings) else EXIT_OK
+
+
+def _subject(target: str, kind: SubjectKind, settings: Sequence[str], *, engine: str | None) -> Subject:
+    from lightrft.testing.subject import subject_of
+
+    config = load_config(None, [f"{kind}.{setting}" for setting in settings])
+    if kind == "engine":
+        if engine is not None:
+            raise ConfigError(f"engine={engine!r} is for a strategy, and {target!r} is an engine; leave --engine out.")
+        return subject_of(target, kind, engine=config.engine)
+    chosen = EngineConfig(type=engine or "scripted")
+    return subject_of(target, kind, config=config.strategy, engine=chosen)
+
+
+def _writable(name: str) -> Path:
+    output = Path(name)
+    if not output.parent.is_dir() or (output.exists() and not output.is_file()):
+        raise ConfigError(f"report={name!r} cannot be written; name a file, in a directory that exists.")
+    return output
+
+
+def _build_show(laws: Sequence[Law], world_sizes: Sequence[int]) -> OnFinding:
+    """Return what prints a row of the table as soon as its law was held; the header comes at once."""
+    width = max(len(law.id) for law in laws)
+    has_ranks = len(world_sizes) > 1 or world_sizes[0] > 1
+
+    def line(law: str, ranks: object, outcome: str, seconds: str, statement: str) -> str:
+        shown = f"{ranks:>5}  " if has_ranks else ""
+        return f"{law:<{width}}  {shown}{outcome:<11}  {seconds:>7}  {statement}"
+
+    def show(finding: Finding) -> None:
+        reason = f" ({finding.message})" if finding.outcome == "not claimed" else ""
+        seconds = "" if finding.outcome == "not claimed" else f"{finding.seconds:.2f}"
+        say(line(finding.law, finding.world_size, finding.outcome, seconds, f"{finding.statement}{reason}"))
+
+    say(line("law", "ranks", "outcome", "seconds", "what it says"))
+    return show
+
+
+def _conclusion(report: Report) -> list[str]:
+    from lightrft.testing.report import failure_lines
+
+    broken = [finding for finding in report.findings if finding.outcome == "broken"]
+    counts = [
+        f"{sum(finding.outcome == outcome for finding in report.findings)} {outcome}"
+        for outcome in ("holds", "broken", "not claimed")
+    ]
+    seconds = sum(finding.seconds for finding in report.findings)
+    summary = f"{report.kind} {report.subject}: {', '.join(counts)}, in {seconds:.1f} s."
+    return [*(line for finding in broken for line in ("", *failure_lines(finding))), "", summary]
+
+
+COMMAND = Command(
+    name="conformance",
+    words="TARGET [key=value ...]",
+    summary="hold a strategy or an engine, by its key or as package.module:build, to its laws",
+    add_arguments=_add_arguments,
+    run=_run,
+)
+"""`lightrft conformance`."""

@@ -1,0 +1,11 @@
+"""Laws of backward and optimizer_step, from the modules that hold them by concern."""
+
+from __future__ import annotations
+
+from lightrft.testing.law import Law
+from lightrft.testing.laws import accumulation, clipping, isolation, parity, window
+
+__all__ = ["LAWS"]
+
+LAWS: tuple[Law, ...] = (*accumulation.LAWS, *window.LAWS, *clipping.LAWS, *isolation.LAWS, *parity.LAWS)
+"""The laws of the section."""
