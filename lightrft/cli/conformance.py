@@ -17,9 +17,9 @@ from lightrft.config import EngineConfig, load_config
 from lightrft.errors import ConfigError, MissingPackageError
 
 if TYPE_CHECKING:
-    from lightrft.testing.conformance import OnFinding
+    from lightrft.testing.conformance.hold import OnFinding
+    from lightrft.testing.conformance.report import Finding, Report
     from lightrft.testing.law import Law
-    from lightrft.testing.report import Finding, Report
     from lightrft.testing.subject import Subject, SubjectKind
 
 __all__ = ["COMMAND"]
@@ -55,9 +55,9 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
     from hypothesis.configuration import set_hypothesis_home_dir
 
     from lightrft.cli.preflight import set_threads
-    from lightrft.testing.conformance import hold
+    from lightrft.testing.conformance.hold import hold
+    from lightrft.testing.conformance.target import kind_of_target
     from lightrft.testing.laws.registry import choose_laws
-    from lightrft.testing.target import kind_of_target
 
     kind: SubjectKind = args.kind or kind_of_target(targets[0])
     patterns: Sequence[str] = args.laws or ()
@@ -80,7 +80,7 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
         )
     say(*_conclusion(report))
     if output is not None:
-        from lightrft.testing.page import write_page
+        from lightrft.testing.conformance.page import write_page
 
         say(f"report: {write_page(report, output)}")
     return EXIT_FAILED if any(finding.outcome == "broken" for finding in report.findings) else EXIT_OK
@@ -124,7 +124,7 @@ def _build_show(laws: Sequence[Law], world_sizes: Sequence[int]) -> OnFinding:
 
 
 def _conclusion(report: Report) -> list[str]:
-    from lightrft.testing.report import failure_lines
+    from lightrft.testing.conformance.report import failure_lines
 
     broken = [finding for finding in report.findings if finding.outcome == "broken"]
     counts = [

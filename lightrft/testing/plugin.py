@@ -100,7 +100,7 @@ class Laws(pytest.Collector):
         if str(self.config.rootpath) not in sys.path:  # as the command does with the current directory
             sys.path.insert(0, str(self.config.rootpath))
         try:
-            from lightrft.testing.conformance import says_something
+            from lightrft.testing.conformance.hold import says_something
             from lightrft.testing.laws.registry import choose_laws
 
             self.subject.build(self.subject.config)
@@ -119,14 +119,14 @@ class Laws(pytest.Collector):
     @cached_property
     def claims(self) -> Capabilities:
         """What the subject claims."""
-        from lightrft.testing.target import claims_of
+        from lightrft.testing.conformance.target import claims_of
 
         return claims_of(self.subject)
 
     @cached_property
     def harness(self) -> Harness:
         """What the laws are held against; processes of ranks live until pytest ends."""
-        from lightrft.testing.conformance import draw_settings, run_on
+        from lightrft.testing.conformance.hold import draw_settings, run_on
         from lightrft.testing.law import Harness
 
         stack = ExitStack()
@@ -157,8 +157,8 @@ class LawItem(pytest.Item):
 
     @override
     def runtest(self) -> None:
-        from lightrft.testing.conformance import hold_law
-        from lightrft.testing.report import failure_lines
+        from lightrft.testing.conformance.hold import hold_law
+        from lightrft.testing.conformance.report import failure_lines
 
         finding = hold_law(self.law, self.laws.harness, claims=self.laws.claims)
         if finding.outcome == "not claimed":

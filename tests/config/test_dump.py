@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lightrft.config import Config, DataConfig, RunConfig, StrategyConfig, as_mapping, config_digest, to_json, to_toml
 from lightrft.errors import ConfigError
-from lightrft.testing.strategies import strategy_configs
+from lightrft.testing.cases.configs import strategy_configs
 
 
 class Colour(enum.Enum):

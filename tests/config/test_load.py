@@ -16,7 +16,7 @@ from lightrft.config import Config, apply_overrides, as_mapping, from_mapping, f
 from lightrft.config._names import one_edit, sections, setting_fields
 from lightrft.config.dump import _value
 from lightrft.errors import ConfigError
-from lightrft.testing.strategies import configs
+from lightrft.testing.cases.configs import configs
 
 SETTINGS = [(section, name) for section, kind in sections(Config).items() for name in setting_fields(kind)]
 # Values of every TOML type; those of the setting's own type are left out below.

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 import lightrft.config.strategy
 from lightrft.errors import ConfigError
 from lightrft.strategy.config import SCHEDULERS, StrategyConfig
-from lightrft.testing.strategies import plain_tables, strategy_configs
+from lightrft.testing.cases.configs import plain_tables, strategy_configs
 
 KNOWN = {field.name for field in attrs.fields(StrategyConfig)}
 

@@ -23,8 +23,8 @@ from lightrft.strategy import (
     get_strategy,
 )
 from lightrft.strategy.record import FUNCTIONS
+from lightrft.testing.cases.models import ModelCase, SmallModel, build_model
 from lightrft.testing.checked import checked
-from lightrft.testing.models import ModelCase, SmallModel, build_model
 from lightrft.testing.signatures import signature_differences_of_record
 
 CONFIG = StrategyConfig(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from hypothesis import Phase, settings
 
-from lightrft.testing.conformance import draw_settings, hold_law, run_on, says_something
+from lightrft.testing.conformance.hold import draw_settings, hold_law, run_on, says_something
+from lightrft.testing.conformance.target import claims_of
 from lightrft.testing.law import Harness, Law
 from lightrft.testing.laws.registry import ENGINE_LAWS, STRATEGY_LAWS, laws_of
 from lightrft.testing.mutants import registry
 from lightrft.testing.mutants.mutant import Mutant
 from lightrft.testing.mutants.registry import MUTANTS
-from lightrft.testing.target import claims_of
 
 SETTINGS = settings(draw_settings(30), phases=(Phase.generate,))
 """The default number of examples; none is made smaller, since nobody reads them."""

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightrft.errors import ConfigError
-from lightrft.testing.models import ModelCase, model_cases
+from lightrft.testing.cases.models import ModelCase, model_cases
 from lightrft.testing.plain import from_json, to_json
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]

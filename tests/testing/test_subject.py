@@ -10,7 +10,7 @@ from lightrft.backends.rollout.scripted import build_scripted
 from lightrft.config import EngineConfig, StrategyConfig
 from lightrft.errors import ConfigError
 from lightrft.strategy.registry import STRATEGIES
-from lightrft.testing.models import ModelCase, build_model
+from lightrft.testing.cases.models import ModelCase, build_model
 from lightrft.testing.subject import find_builder, subject_of
 
 HERE = "lightrft.backends.rollout.scripted:build_scripted"

@@ -16,7 +16,7 @@ from lightrft.strategy.protocols import Checkpointable, Json, LoadedCheckpoint, 
 from lightrft.strategy.protocols.checkpointing import LoadCkpt, SaveCkpt
 from lightrft.strategy.record import Strategy
 from lightrft.testing.checked.verdict import require
-from lightrft.testing.digests import changed_names, digest, digests
+from lightrft.testing.reference.digests import changed_names, digest, digests
 
 __all__ = ["with_checked_checkpoints"]
 

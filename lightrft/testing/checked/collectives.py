@@ -13,7 +13,7 @@ from lightrft.strategy.protocols import ReduceOp, TensorTree
 from lightrft.strategy.protocols.collectives import AllGather, AllReduce, Broadcast
 from lightrft.strategy.record import Strategy
 from lightrft.testing.checked.verdict import require, same_on_all
-from lightrft.testing.digests import changed_names, digests
+from lightrft.testing.reference.digests import changed_names, digests
 
 __all__ = ["with_checked_collectives"]
 

@@ -18,8 +18,8 @@ from lightrft.strategy.protocols.rollout import (
 )
 from lightrft.strategy.record import Strategy
 from lightrft.testing.checked.verdict import require
-from lightrft.testing.digests import changed_names, digests
-from lightrft.testing.requests import completions_problem
+from lightrft.testing.reference.digests import changed_names, digests
+from lightrft.testing.reference.requests import completions_problem
 
 __all__ = ["with_checked_rollout"]
 

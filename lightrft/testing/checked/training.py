@@ -14,7 +14,7 @@ from lightrft.strategy.protocols import StepResult
 from lightrft.strategy.protocols.training import Backward, CreateOptimizer, MovingAverage, OptimizerStep
 from lightrft.strategy.record import Strategy
 from lightrft.testing.checked.verdict import raise_on_all, require, same_on_all
-from lightrft.testing.digests import changed_names, digests
+from lightrft.testing.reference.digests import changed_names, digests
 
 __all__ = ["with_checked_training"]
 

@@ -28,10 +28,8 @@ from lightrft.strategy.compose import (
     with_timing,
 )
 from lightrft.strategy.record import FUNCTIONS, Strategy
-from lightrft.testing.law import Harness, Law, for_all
-from lightrft.testing.models import ModelCase, build_model
-from lightrft.testing.signatures import signature_differences_of_record
-from lightrft.testing.small_run import (
+from lightrft.testing.cases.models import ModelCase, build_model
+from lightrft.testing.cases.small_run import (
     SmallRunCase,
     SmallRunEvidence,
     run_difference,
@@ -39,6 +37,8 @@ from lightrft.testing.small_run import (
     small_run_cases,
     small_run_config,
 )
+from lightrft.testing.law import Harness, Law, for_all
+from lightrft.testing.signatures import signature_differences_of_record
 from lightrft.testing.subject import Rank
 
 __all__ = ["LAWS"]

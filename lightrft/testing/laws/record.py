@@ -16,12 +16,12 @@ from lightrft.errors import LawError
 from lightrft.strategy.protocols.capabilities import CAPABILITIES
 from lightrft.strategy.protocols.rollout import Engine
 from lightrft.strategy.record import FUNCTIONS, Strategy
+from lightrft.testing.cases.models import ModelCase, build_model
+from lightrft.testing.cases.policies import PolicyCase, build_policy, policy_for, running
+from lightrft.testing.cases.runs import tensors_of
+from lightrft.testing.cases.small_run import SmallRunCase, prepared, small_run_cases, small_run_config
 from lightrft.testing.law import Harness, Law, for_all
-from lightrft.testing.models import ModelCase, build_model
-from lightrft.testing.policies import PolicyCase, build_policy, policy_for, running
-from lightrft.testing.runs import tensors_of
 from lightrft.testing.signatures import changeable_attribute, signature_differences_of_record
-from lightrft.testing.small_run import SmallRunCase, prepared, small_run_cases, small_run_config
 from lightrft.testing.subject import Rank
 
 __all__ = ["ENGINE_RECORD_LAWS", "LAWS"]

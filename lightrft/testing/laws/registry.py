@@ -14,11 +14,10 @@ from lightrft.testing.laws import (
     composition,
     config,
     engine,
-    engine_life,
+    life,
     record,
     rollout,
     step,
-    strategy_life,
     training,
 )
 from lightrft.testing.subject import SubjectKind
@@ -37,15 +36,13 @@ STRATEGY_LAWS: Mapping[str, Law] = MappingProxyType(
             *checkpoint.LAWS,
             *rollout.LAWS,
             *composition.LAWS,
-            *strategy_life.LAWS,
+            *life.LAWS,
         )
     }
 )
 """What every strategy obeys."""
 
-ENGINE_LAWS: Mapping[str, Law] = MappingProxyType(
-    {law.id: law for law in (*record.ENGINE_RECORD_LAWS, *engine.LAWS, *engine_life.LAWS)}
-)
+ENGINE_LAWS: Mapping[str, Law] = MappingProxyType({law.id: law for law in (*record.ENGINE_RECORD_LAWS, *engine.LAWS)})
 """What every engine obeys."""
 
 

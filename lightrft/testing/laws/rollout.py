@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from lightrft.errors import ConfigError, EngineStateError, LawError, WeightSyncError
 from lightrft.strategy.protocols import Completion, EngineHandle, Prompt, SamplingParams, SyncReport
 from lightrft.strategy.record import Strategy
-from lightrft.testing.completions import (
+from lightrft.testing.cases.policies import VOCABULARY, PolicyCase, build_policy, generate, policy_cases, policy_for
+from lightrft.testing.cases.prompts import prompt_cases, sampling_cases
+from lightrft.testing.law import Harness, Law, for_all
+from lightrft.testing.reference.completions import (
     Refusal,
     refusal,
     require_logprobs,
@@ -24,9 +27,6 @@ from lightrft.testing.completions import (
     require_same_draws,
     require_same_greedy,
 )
-from lightrft.testing.law import Harness, Law, for_all
-from lightrft.testing.policies import VOCABULARY, PolicyCase, build_policy, generate, policy_cases, policy_for
-from lightrft.testing.prompts import prompt_cases, sampling_cases
 from lightrft.testing.subject import Rank
 
 __all__ = ["LAWS"]

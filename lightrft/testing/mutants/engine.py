@@ -12,9 +12,9 @@ from torch import Tensor
 from lightrft.config import EngineConfig
 from lightrft.strategy.protocols import Completion, EngineHandle, Prompt, SamplingParams
 from lightrft.strategy.protocols.rollout import Engine, Generate
-from lightrft.testing.completions import trainer_logits
-from lightrft.testing.mutants.inside import serve, weights_inside
+from lightrft.testing.mutants.engine_inside import serve, weights_inside
 from lightrft.testing.mutants.mutant import BreakEngine, Mutant, engine_mutant
+from lightrft.testing.reference.completions import trainer_logits
 
 __all__ = ["MUTANTS"]
 

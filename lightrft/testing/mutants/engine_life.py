@@ -15,7 +15,7 @@ from lightrft.config import EngineConfig
 from lightrft.errors import EngineStateError
 from lightrft.strategy.protocols import Completion, EngineHandle, EngineSource, Prompt, SamplingParams
 from lightrft.strategy.protocols.rollout import Engine, EngineStatus
-from lightrft.testing.mutants.inside import refresh_inside, serve, weights_inside
+from lightrft.testing.mutants.engine_inside import refresh_inside, serve, weights_inside
 from lightrft.testing.mutants.mutant import BreakEngine, Mutant, engine_mutant
 
 __all__ = ["MUTANTS"]

@@ -11,10 +11,10 @@ from lightrft.testing.mutants import (
     composition,
     engine,
     engine_life,
+    life,
     record,
     rollout,
     step,
-    strategy_life,
     training,
 )
 from lightrft.testing.mutants.mutant import Mutant
@@ -29,7 +29,7 @@ _ALL = (
     *checkpoint.MUTANTS,
     *rollout.MUTANTS,
     *composition.MUTANTS,
-    *strategy_life.MUTANTS,
+    *life.MUTANTS,
     *engine.MUTANTS,
     *engine_life.MUTANTS,
 )

@@ -19,7 +19,7 @@ from lightrft.backends.training.prepare import build_prepare, build_prepare_mode
 from lightrft.config import StrategyConfig
 from lightrft.strategy.protocols import MemoryReport, StepResult, Trainable
 from lightrft.strategy.record import Strategy
-from lightrft.testing.models import SmallModel
+from lightrft.testing.cases.models import SmallModel
 from lightrft.testing.mutants.mutant import Mutant, strategy_mutant
 from lightrft.testing.replicated import build_simulated
 

@@ -71,3 +71,10 @@ def test_internal_state_refuses_what_it_cannot_hold() -> None:
     for value in (torch.zeros(2), {1, 2}, print):
         with pytest.raises(ConfigError, match=r"scheduler\[1\].x is a"):
             encode_internal([0, {"x": value}], "scheduler")
+
+
+def test_what_json_can_hold_stays_plain() -> None:
+    """Finite numbers of 64 bits, strings, lists and dicts are written as JSON's own; only others get a form."""
+    state = {"a": [0.5, -3, True, None, "x", 2**62], "b": {"c": 1e300}}
+    assert json.loads(dumps(encode_client_state(state))) == state
+    assert encode_client_state({"a": math.inf, "b": 2**64}) == {"a": {"$float": "inf"}, "b": {"$int": hex(2**64)}}

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
+import platform
 import resource
 import shutil
 import signal
@@ -12,9 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from torch import nn
 
+import lightrft
 from lightrft.backends.checkpointing.canonical import CheckpointFunctions
 from lightrft.backends.checkpointing.durable import commit, staging
 from lightrft.errors import CheckpointError, ConfigError, UnsupportedError
@@ -393,3 +397,14 @@ def test_a_directory_that_another_writer_took_for_a_leftover_is_made_again(
     checkpointing.save_ckpt(nn.Linear(1, 1), tmp_path, step=1)
     assert len(removed) == 1
     assert names(tmp_path) == ["step-00000001"]
+
+
+def test_the_manifest_says_what_wrote_it(saved: Path) -> None:
+    """A manifest names the versions of lightrft, Python, safetensors and torch, for whoever cannot read the rest."""
+    written = json.loads((saved / "step-00000002" / "manifest.json").read_text())
+    assert written["libraries"] == {
+        "lightrft": lightrft.__version__,
+        "python": platform.python_version(),
+        "safetensors": safetensors.__version__,
+        "torch": torch.__version__,
+    }

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightrft.backends.rollout import random_streams
 from lightrft.backends.rollout.random_streams import stream_keys, uniforms
 
 _WORD = 2**64
@@ -64,3 +65,16 @@ def test_every_coordinate_matters() -> None:
     keys_B = torch.cat([stream_keys(seed, [0, 0, 1, 1, 2], [0, 1, 0, 1, 0]) for seed in (0, 1)])
     made_TB = uniforms(keys_B, 50)
     assert made_TB.unique().numel() == made_TB.numel()
+
+
+def test_numbers_are_read_as_64_signed_bits() -> None:
+    """The low 64 bits of any integer are read in two's complement, as int64 holds them."""
+    for number, signed in (
+        (0, 0),
+        (-1, -1),
+        (2**63 - 1, 2**63 - 1),
+        (2**63, -(2**63)),
+        (2**64 - 1, -1),
+        (2**64 + 5, 5),
+    ):
+        assert random_streams._signed(number) == signed

@@ -1,0 +1,1 @@
+"""Holding a strategy or an engine to all laws, and telling what came of it."""

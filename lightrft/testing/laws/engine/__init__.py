@@ -1,0 +1,16 @@
+"""Laws of engines."""
+
+from __future__ import annotations
+
+from lightrft.testing.law import Law
+from lightrft.testing.laws.engine import life, requests, sampling, weights
+
+__all__ = ["LAWS"]
+
+LAWS: tuple[Law, ...] = (
+    *requests.LAWS,
+    *sampling.LAWS,
+    *weights.LAWS,
+    *life.LAWS,
+)
+"""The laws of the section."""

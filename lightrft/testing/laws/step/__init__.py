@@ -1,0 +1,17 @@
+"""Laws of backward and optimizer_step."""
+
+from __future__ import annotations
+
+from lightrft.testing.law import Law
+from lightrft.testing.laws.step import accumulation, clipping, isolation, parity, window
+
+__all__ = ["LAWS"]
+
+LAWS: tuple[Law, ...] = (
+    *accumulation.LAWS,
+    *window.LAWS,
+    *clipping.LAWS,
+    *isolation.LAWS,
+    *parity.LAWS,
+)
+"""The laws of the section."""

@@ -1,0 +1,1 @@
+"""What laws compare with: raw torch, numpy and Python, and the words for a difference."""

@@ -1,0 +1,204 @@
+"""What completions must be, by a computation that shares nothing with an engine: the model's own forward, in float64.
+
+T tokens, V vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ParamSpec
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from lightrft.errors import LawError
+from lightrft.strategy.protocols import Completion, Prompt, SamplingParams
+from lightrft.testing.reference.requests import completions_problem
+
+__all__ = [
+    "BOUND",
+    "Refusal",
+    "refusal",
+    "require_greedy",
+    "require_logprobs",
+    "require_refusal",
+    "require_requests",
+    "require_same_draws",
+    "require_same_greedy",
+    "trainer_logits",
+]
+
+BOUND = 1e-4
+"""In nats. Right engines differ from the trainer by 5e-7 to 1e-5 in float32, a wrong weight or position by 1e-2 or
+more; for logits it is also the distance below which two tokens count as tied."""
+
+_Params = ParamSpec("_Params")
+
+
+@attrs.frozen(kw_only=True)
+class Refusal:
+    """An error that a call raised.
+
+    Attributes:
+        kinds: names of its type and of the types that it refines.
+        message: what it says.
+    """
+
+    kinds: tuple[str, ...]
+    message: str
+
+
+def refusal(call: Callable[_Params, object], *args: _Params.args, **kwargs: _Params.kwargs) -> Refusal | None:
+    """Return the error of a call, or None if there was none.
+
+    Args:
+        call: what to call.
+        args: its arguments.
+        kwargs: its keyword arguments.
+    """
+    try:
+        call(*args, **kwargs)
+    except Exception as error:  # noqa: BLE001 (which one it must be is the law's to say)
+        return Refusal(kinds=tuple(kind.__name__ for kind in type(error).__mro__), message=str(error))
+    return None
+
+
+def require_refusal(seen: Refusal | None, kind: type[Exception], *, of: str, naming: Sequence[str] = ()) -> None:
+    """Raise unless a call was refused with an error of a type that says what it must.
+
+    Args:
+        seen: what `refusal` returned.
+        kind: the type of error.
+        of: the call, in words.
+        naming: texts that must occur in its message.
+
+    Raises:
+        LawError: the call went through, or failed in another way.
+    """
+    if seen is None:
+        raise LawError(f"{of} went through and must raise {kind.__name__}.")
+    if kind.__name__ not in seen.kinds:
+        raise LawError(f"{of} raised {seen.kinds[0]}({seen.message!r}) and must raise {kind.__name__}.")
+    missing = [text for text in naming if text not in seen.message]
+    if missing:
+        raise LawError(f"{of} raised {seen.kinds[0]}({seen.message!r}), which must name {' and '.join(missing)}.")
+
+
+def require_requests(
+    made: Sequence[Completion], prompts: Sequence[tuple[int, ...]], sampling: SamplingParams, *, version: int
+) -> None:
+    """Raise unless completions are those that were asked for, by number, order, length and end.
+
+    Args:
+        made: the completions.
+        prompts: token ids of each prompt.
+        sampling: how tokens were drawn.
+        version: version of the weights that made them.
+
+    Raises:
+        LawError: they are not.
+    """
+    asked = [Prompt(token_ids=prompt) for prompt in prompts]
+    problem = completions_problem(made, asked, sampling, weight_version=version)
+    if problem is not None:
+        raise LawError(f"{problem}; sampling was {sampling}, and made were {list(made)}.")
+
+
+def trainer_logits(model: nn.Module, made: Sequence[Completion]) -> list[Tensor]:
+    """Return for each completion the trainer's logits (T, V) before each of its tokens, in float64.
+
+    Args:
+        model: the plain model; called as `model(input_ids)`, it returns logits or an object with `logits`.
+        made: the completions.
+    """
+    if not made:
+        return []
+    rows = [torch.tensor(completion.prompt_ids + completion.token_ids) for completion in made]
+    with torch.no_grad():
+        # what follows a sequence on the right cannot be seen by a causal model
+        output = model(pad_sequence(rows, batch_first=True))
+    logits_BTV: Tensor = getattr(output, "logits", output).double()
+    places = [(len(completion.prompt_ids) - 1, len(completion.token_ids)) for completion in made]
+    return [row_TV[start : start + length] for row_TV, (start, length) in zip(logits_BTV, places, strict=True)]
+
+
+def require_logprobs(made: Sequence[Completion], model: nn.Module, *, temperature: float) -> None:
+    """Raise unless every logprob is the trainer's own at the sampling temperature, before top-k and top-p.
+
+    Args:
+        made: the completions.
+        model: the trainer's model.
+        temperature: of the sampling; 0 means logprobs at 1.
+
+    Raises:
+        LawError: a logprob differs by more than `BOUND`.
+    """
+    for completion, logits_TV in zip(made, trainer_logits(model, made), strict=True):
+        policy_TV = torch.log_softmax(logits_TV / (temperature or 1.0), dim=-1)
+        wanted_T = policy_TV.gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        difference = (wanted_T - torch.tensor(completion.logprobs, dtype=torch.float64)).abs().max().item()
+        if not difference <= BOUND:  # NaN is no agreement
+            wanted = [round(value, 6) for value in wanted_T.tolist()]
+            raise LawError(f"{completion}: its logprobs must be the trainer's, {wanted}, within {BOUND} nats.")
+
+
+def require_greedy(made: Sequence[Completion], model: nn.Module, sampling: SamplingParams) -> None:
+    """Raise unless every token has the trainer's largest logit, ties aside.
+
+    Args:
+        made: greedy completions.
+        model: the trainer's model.
+        sampling: how they were made; stop tokens do not count before `min_new_tokens`.
+
+    Raises:
+        LawError: a token has a smaller logit.
+    """
+    for completion, logits_TV in zip(made, trainer_logits(model, made), strict=True):
+        logits_TV[: sampling.min_new_tokens, list(sampling.stop_token_ids)] = float("-inf")
+        seen_T = logits_TV.gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        below_T = logits_TV.amax(-1) - seen_T > BOUND
+        if below_T.any():
+            best = logits_TV.argmax(-1).tolist()
+            raise LawError(f"{completion}: greedy tokens must be those of the trainer's largest logits, {best}.")
+
+
+def require_same_greedy(made: Sequence[Completion], wanted: Sequence[Completion], model: nn.Module) -> None:
+    """Raise unless two greedy completions of each prompt are the same up to their first tie.
+
+    Args:
+        made: the completions.
+        wanted: what they must be.
+        model: the trainer's model, which says what is a tie.
+
+    Raises:
+        LawError: they differ where there is no tie.
+    """
+    for seen, must, logits_TV in zip(made, wanted, trainer_logits(model, wanted), strict=True):
+        pairs = zip(seen.token_ids, must.token_ids, logits_TV, strict=False)
+        split = next(((one, other, logits_V) for one, other, logits_V in pairs if one != other), None)
+        if split is None and len(seen.token_ids) == len(must.token_ids):
+            continue
+        if split is None or abs(split[2][split[0]] - split[2][split[1]]) > BOUND:
+            raise LawError(f"{seen} must be {must}.")
+
+
+def require_same_draws(made: Sequence[Completion], wanted: Sequence[Completion], *, why: str) -> None:
+    """Raise unless completions have the same tokens.
+
+    One may differ: a draw within rounding of the border between two tokens can fall on either side, and two such draws
+    in one call do not happen, for a border is 1e-7 wide.
+
+    Args:
+        made: the completions.
+        wanted: what they must be.
+        why: the rule, in words.
+
+    Raises:
+        LawError: they differ.
+    """
+    different = [(seen, must) for seen, must in zip(made, wanted, strict=True) if seen.token_ids != must.token_ids]
+    if len(different) > 1:
+        seen, must = different[0]
+        raise LawError(f"{why}: {len(different)} of {len(wanted)} completions differ, {seen} must be {must}.")
