@@ -15,13 +15,16 @@ from lightrft.config._names import NOT_A_SETTING, one_edit, setting_fields
 from lightrft.config.redaction import redacted, shown
 from lightrft.errors import ConfigError
 
-__all__ = ["SCHEDULERS", "StrategyConfig"]
+__all__ = ["LONGEST_TIMEOUT", "SCHEDULERS", "StrategyConfig"]
 
 _Default = TypeVar("_Default")
 _SHORTEST_WARNED = 6
 
 SCHEDULERS = ("constant", "cosine", "linear")
 """Names of the learning-rate schedules; each starts with a linear warm-up of `lr_warmup_ratio`."""
+
+LONGEST_TIMEOUT = 31_536_000.0
+"""Seconds of a year: longer than any run waits, and short enough for every clock that counts down from it."""
 
 
 @attrs.frozen(kw_only=True, slots=False)  # no slots: `vars(config)` is a way back to `from_args`
@@ -68,7 +71,7 @@ class StrategyConfig:
     min_lr_ratio: float = attrs.field(default=0.1, converter=real, validator=between(0, 1))
     engine_type: str = attrs.field(default="hf", validator=is_text)
     enable_engine_sleep: bool = attrs.field(default=False, validator=is_bool)
-    timeout: float = attrs.field(default=1800.0, converter=real, validator=at_least(0))
+    timeout: float = attrs.field(default=1800.0, converter=real, validator=between(0, LONGEST_TIMEOUT, above_low=True))
     extra_args: Mapping[str, object] = attrs.field(
         factory=dict[str, object], converter=copied, validator=named, repr=redacted, eq=plain
     )

@@ -14,6 +14,7 @@ from lightrft.backends.collectives.record import CollectiveFunctions
 from lightrft.backends.collectives.reductions import check_gatherable, check_op, check_reducible
 from lightrft.backends.collectives.seeding import forget_seed, seed_everything
 from lightrft.backends.collectives.simulated_world import current_rank, exchange, run_simulated
+from lightrft.backends.collectives.timeouts import timeout_of
 from lightrft.backends.collectives.trees import Leaf, map_leaves
 from lightrft.backends.launch import device_of_process
 from lightrft.errors import ConfigError
@@ -50,9 +51,7 @@ def build_collectives(config: StrategyConfig) -> CollectiveFunctions:
 def _build_setup(config: StrategyConfig) -> SetupDistributed:
     def setup_distributed(timeout: timedelta | float | None = None) -> World:
         rank = current_rank()
-        seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
-        if seconds is not None and not seconds > 0:
-            raise ConfigError(f"timeout={timeout!r} is not a positive number of seconds; use one, or None.")
+        timeout_of(timeout, default=config.timeout)  # nothing here waits, but what is wrong elsewhere is wrong here
         seed_everything(config.seed, rank=rank.number)
         return World(
             rank=rank.number,

@@ -11,6 +11,7 @@ import torch
 from lightrft.backends.collectives.record import CollectiveFunctions
 from lightrft.backends.collectives.reductions import check_gatherable, check_op, check_reducible
 from lightrft.backends.collectives.seeding import forget_seed, seed_everything
+from lightrft.backends.collectives.timeouts import timeout_of
 from lightrft.backends.collectives.trees import Leaf, map_leaves
 from lightrft.backends.launch import device_of_process, local_rank_of_launch, require_one_process
 from lightrft.errors import ConfigError
@@ -48,9 +49,7 @@ def build_collectives(config: StrategyConfig) -> CollectiveFunctions:
 def _build_setup(config: StrategyConfig) -> SetupDistributed:
     def setup_distributed(timeout: timedelta | float | None = None) -> World:
         require_one_process("single")
-        seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
-        if seconds is not None and not seconds > 0:
-            raise ConfigError(f"timeout={timeout!r} is not a positive number of seconds; use one, or None.")
+        timeout_of(timeout, default=config.timeout)  # nothing here waits, but what is wrong elsewhere is wrong here
         seed_everything(config.seed, rank=0)
         return World(rank=0, local_rank=local_rank_of_launch(), world_size=1, device=device_of_process())
 

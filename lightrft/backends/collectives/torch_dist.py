@@ -35,6 +35,7 @@ from lightrft.backends.collectives.process_group import (
 from lightrft.backends.collectives.record import CollectiveFunctions
 from lightrft.backends.collectives.reductions import check_gatherable, check_op, check_reducible
 from lightrft.backends.collectives.seeding import forget_seed, seed_everything
+from lightrft.backends.collectives.timeouts import timeout_of
 from lightrft.backends.collectives.trees import Leaf, map_leaves
 from lightrft.backends.launch import device_of_process, local_rank_of_launch
 from lightrft.errors import ConfigError
@@ -78,11 +79,7 @@ def build_collectives(config: StrategyConfig) -> CollectiveFunctions:
 
 def _build_setup(config: StrategyConfig) -> SetupDistributed:
     def setup_distributed(timeout: timedelta | float | None = None) -> World:
-        wanted = config.timeout if timeout is None else timeout
-        seconds = wanted.total_seconds() if isinstance(wanted, timedelta) else wanted
-        if not seconds > 0:
-            raise ConfigError(f"timeout={wanted!r} is not a positive number of seconds; use one, or None.")
-        join_group(timedelta(seconds=seconds))
+        join_group(timeout_of(timeout, default=config.timeout))
         seed_everything(config.seed, rank=dist.get_rank())
         return World(
             rank=dist.get_rank(),

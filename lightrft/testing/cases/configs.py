@@ -17,7 +17,7 @@ from lightrft.config import (
 )
 from lightrft.config.redaction import is_secret
 from lightrft.config.sections import ADVANTAGE_NAMES, AGGREGATION_NAMES, CORRECTION_NAMES, KL_NAMES, LOSS_NAMES
-from lightrft.config.strategy import SCHEDULERS
+from lightrft.config.strategy import LONGEST_TIMEOUT, SCHEDULERS
 
 __all__ = ["configs", "plain_tables", "strategy_configs"]
 
@@ -77,7 +77,7 @@ def strategy_configs(draw: DrawFn) -> StrategyConfig:
         min_lr_ratio=draw(_amounts(0, 1)),
         engine_type=draw(_texts()),
         enable_engine_sleep=draw(st.booleans()),
-        timeout=draw(_amounts()),
+        timeout=draw(st.floats(0, LONGEST_TIMEOUT, exclude_min=True)),
         extra_args=draw(plain_tables()),
     )
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -20,7 +21,7 @@ from torch import nn
 
 import lightrft
 from lightrft.backends.checkpointing.canonical import CheckpointFunctions
-from lightrft.backends.checkpointing.durable import commit, staging
+from lightrft.backends.checkpointing.durable import commit, staging, write_file
 from lightrft.errors import CheckpointError, ConfigError, UnsupportedError
 from lightrft.strategy.protocols.training import Trainable
 
@@ -402,9 +403,19 @@ def test_a_directory_that_another_writer_took_for_a_leftover_is_made_again(
 def test_the_manifest_says_what_wrote_it(saved: Path) -> None:
     """A manifest names the versions of lightrft, Python, safetensors and torch, for whoever cannot read the rest."""
     written = json.loads((saved / "step-00000002" / "manifest.json").read_text())
-    assert written["libraries"] == {
+    assert written["content"]["libraries"] == {
         "lightrft": lightrft.__version__,
         "python": platform.python_version(),
         "safetensors": safetensors.__version__,
         "torch": torch.__version__,
     }
+
+
+def test_a_file_that_exists_is_not_written(tmp_path: Path) -> None:
+    """Writing a file refuses one that is there, and leaves it as it is."""
+    path = tmp_path / "file"
+    record = write_file(path, [b"ab", memoryview(b"c")])
+    assert (record.size, record.sha256, path.read_bytes()) == (3, hashlib.sha256(b"abc").hexdigest(), b"abc")
+    with pytest.raises(FileExistsError):
+        write_file(path, [b"other"])
+    assert path.read_bytes() == b"abc"

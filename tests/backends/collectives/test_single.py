@@ -174,6 +174,17 @@ def test_set_up_seeds_all_streams_from_the_seed_alone(collectives: CollectiveFun
     other.teardown()
 
 
+def test_every_stream_differs_from_seed_to_seed() -> None:
+    """Eight seeds give eight first draws of each of Python, numpy and torch."""
+    first = []
+    for seed in range(8):
+        built = build_collectives(StrategyConfig(seed=seed))
+        built.setup_distributed()
+        first.append((random.random(), float(np.random.random()), torch.rand(()).item()))  # noqa: NPY002, S311 (the global streams)
+        built.teardown()
+    assert [len(set(stream)) for stream in zip(*first, strict=True)] == [8, 8, 8]
+
+
 def test_set_up_works_without_numpy(collectives: CollectiveFunctions, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where numpy is not loaded, the streams of Python and torch are seeded all the same."""
     collectives.setup_distributed()
