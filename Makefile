@@ -78,7 +78,7 @@ bench: $(READY) $(TRL_READY)
 	$(TRL_VENV)/bin/python benchmarks/logprob.py --write
 	$(TRL_VENV)/bin/python benchmarks/versus_trl.py --write
 
-# One process: about an hour on one core. What was decided before stays so until its function changes; `mutants/` holds it.
+# One process: two hours or so on one core. What was decided before stays so until its function changes; `mutants/` holds it.
 .PHONY: mutation
 mutation: $(READY)
 	$(BIN)/python -m pip install --quiet --group mutation

@@ -47,7 +47,7 @@ def build_hf(config: EngineConfig) -> Engine:
             )
         weights = copy_model(source.model)
         generator = build_token_generator(cast("PreTrainedModel", weights.model), max_batch_size=config.batch_size)
-        device = next(iter(weights.tensors.values())).device
+        device = next(weights.model.parameters()).device
         state = _State(weights=weights, generator=generator, device=device)
         return EngineHandle(engine=engine, status="awake", weight_version=0, state=state)
 

@@ -141,7 +141,7 @@ def _complete(
 def _logprobs(
     weights: ModelCopy, prompt_ids: tuple[int, ...], token_ids: tuple[int, ...], temperature: float
 ) -> tuple[float, ...]:
-    device = next(iter(weights.tensors.values())).device
+    device = next(weights.model.parameters()).device
     ids_T = torch.tensor(prompt_ids + token_ids, device=device)
     with torch.no_grad():
         output = weights.model(ids_T[None, :-1])

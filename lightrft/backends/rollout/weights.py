@@ -11,7 +11,7 @@ from torch import nn
 
 from lightrft.errors import UnsupportedError, WeightSyncError, nearest
 
-__all__ = ["ModelCopy", "check_coverage", "copy_model", "write_tensors"]
+__all__ = ["ModelCopy", "check_coverage", "copy_model", "tensors_of", "write_tensors"]
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -20,12 +20,10 @@ class ModelCopy:
 
     Attributes:
         model: the copy, frozen and in evaluation mode.
-        tensors: its parameters and persistent buffers by name; tied ones under each name.
         written: names that the update under way has written.
     """
 
     model: nn.Module
-    tensors: dict[str, torch.Tensor]
     written: set[str]
 
 
@@ -33,20 +31,29 @@ def copy_model(model: nn.Module) -> ModelCopy:
     """Return a copy whose weights share no memory with the original's.
 
     Args:
-        model: a plain model; its gradients are not copied.
+        model: a plain model; its gradients are not copied, as `deepcopy` of a parameter leaves them behind.
 
     Raises:
         UnsupportedError: the model holds something that cannot be copied.
     """
-    # deepcopy copies `.grad` too; empty entries in its memo leave gradients behind without touching the original
-    gradients = {id(p.grad): None for p in model.parameters() if p.grad is not None}
     try:
-        duplicate = copy.deepcopy(model, memo=dict(gradients))
+        duplicate = copy.deepcopy(model)
     except RuntimeError as error:
         message = f"model={type(model).__name__} cannot be copied ({error}); detach the tensors that it keeps."
         raise UnsupportedError(message) from error
     duplicate.requires_grad_(requires_grad=False).eval()
-    return ModelCopy(model=duplicate, tensors=dict(duplicate.state_dict(keep_vars=True)), written=set())
+    return ModelCopy(model=duplicate, written=set())
+
+
+def tensors_of(weights: ModelCopy) -> dict[str, torch.Tensor]:
+    """Return the live parameters and persistent buffers by name; tied ones under each name.
+
+    Asked for anew each time, because a move to another device replaces buffers.
+
+    Args:
+        weights: the engine's model.
+    """
+    return dict(weights.model.state_dict(keep_vars=True))
 
 
 def write_tensors(weights: ModelCopy, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -59,11 +66,12 @@ def write_tensors(weights: ModelCopy, tensors: Iterable[tuple[str, torch.Tensor]
     Raises:
         WeightSyncError: a name is unknown or came before in this update, or a shape differs.
     """
+    targets = tensors_of(weights)
     with torch.no_grad():
         for name, tensor in tensors:
-            target = weights.tensors.get(name)
+            target = targets.get(name)
             if target is None:
-                raise WeightSyncError(f"tensor={name!r} is not in the engine; {nearest(name, weights.tensors)}.")
+                raise WeightSyncError(f"tensor={name!r} is not in the engine; {nearest(name, targets)}.")
             if name in weights.written:
                 raise WeightSyncError(f"tensor={name!r} came twice in one update; send every name once.")
             if target.shape != tensor.shape:
@@ -81,7 +89,8 @@ def check_coverage(weights: ModelCopy) -> None:
     Raises:
         WeightSyncError: tensors are missing; the first ones are named.
     """
-    missing = sorted(set(weights.tensors) - weights.written)
+    every = tensors_of(weights).keys()
+    missing = sorted(every - weights.written)
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise WeightSyncError(f"{len(missing)} of {len(weights.tensors)} tensors were not written ({shown}); send all.")
+        raise WeightSyncError(f"{len(missing)} of {len(every)} tensors were not written ({shown}); send all.")

@@ -252,10 +252,12 @@ def run_cases(
     *,
     world_size: int,
     exact: bool,
+    min_windows: int = 1,
     max_windows: int = 3,
     micro_batches: Sequence[int] = (1, 2, 3),
     sizes: Sequence[int] = (1, 2),
     max_norms: Sequence[float] = (0.0,),
+    weight_decays: Sequence[float] = (0.0, 0.25),
 ) -> RunCase:
     """Return a strategy for trainings of equal micro-batches that the strategy counts.
 
@@ -264,12 +266,14 @@ def run_cases(
         world_size: number of ranks.
         exact: whether every gradient is without rounding error, apart from what `micro_batches` and `world_size` that
             are no powers of two make.
-        max_windows: at least 1.
+        min_windows: at least 1.
+        max_windows: at least as many.
         micro_batches: what their number on one rank is drawn from.
         sizes: what the samples of a micro-batch are drawn from.
         max_norms: what the bound is drawn from.
+        weight_decays: what the decay is drawn from; with one there is more than one group of parameters.
     """
-    num_windows = draw(st.integers(1, max_windows))
+    num_windows = draw(st.integers(min_windows, max_windows))
     models = constant_gradient_models() if exact and num_windows > 1 else model_cases(exact=exact)
     model = draw(models)
     number, size = draw(st.sampled_from(micro_batches)), draw(st.sampled_from(sizes))
@@ -278,7 +282,7 @@ def run_cases(
         model=model,
         loss="linear" if exact else "cross_entropy",
         lr=draw(st.sampled_from([0.125, 0.015625])),
-        weight_decay=draw(st.sampled_from([0.0, 0.25])),
+        weight_decay=draw(st.sampled_from(weight_decays)),
         is_halved=draw(st.booleans()),
         max_norm=draw(st.sampled_from(max_norms)),
         size=size,

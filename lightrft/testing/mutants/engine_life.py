@@ -11,6 +11,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from lightrft.backends.rollout.weights import tensors_of
 from lightrft.config import EngineConfig
 from lightrft.errors import EngineStateError
 from lightrft.strategy.protocols import Completion, EngineHandle, EngineSource, Prompt, SamplingParams
@@ -43,19 +44,19 @@ def _putting(wrong: _WrongTensors) -> BreakEngine:
 
 
 def _stale_head(handle: EngineHandle, tensors: _Tensors) -> _Tensors:
-    kept = weights_inside(handle).tensors
+    kept = tensors_of(weights_inside(handle))
     for name, tensor in tensors:
         yield name, kept[name].clone() if name == "lm_head.weight" else tensor
 
 
 def _stale(handle: EngineHandle, tensors: _Tensors) -> _Tensors:
-    kept = weights_inside(handle).tensors
+    kept = tensors_of(weights_inside(handle))
     for name, tensor in tensors:
         yield name, kept[name].clone() if name in kept and kept[name].shape == tensor.shape else tensor
 
 
 def _known_alone(handle: EngineHandle, tensors: _Tensors) -> _Tensors:
-    kept = weights_inside(handle).tensors
+    kept = tensors_of(weights_inside(handle))
     for name, tensor in tensors:
         if name in kept:
             yield name, tensor
@@ -68,7 +69,7 @@ def _once(handle: EngineHandle, tensors: _Tensors) -> _Tensors:
 
 
 def _broadcast(handle: EngineHandle, tensors: _Tensors) -> _Tensors:
-    kept = weights_inside(handle).tensors
+    kept = tensors_of(weights_inside(handle))
     for name, tensor in tensors:
         yield name, tensor.expand_as(kept[name]) if name in kept else tensor
 
@@ -93,7 +94,7 @@ def _aliased(engine: Engine, config: EngineConfig) -> Engine:
         given = list(tensors)
         engine.put(handle, given)
         for name, tensor in given:
-            weights_inside(handle).tensors[name].data = tensor
+            tensors_of(weights_inside(handle))[name].data = tensor
 
     return serve(attrs.evolve(engine, put=put))
 
@@ -104,8 +105,8 @@ def _completed(engine: Engine, config: EngineConfig) -> Engine:
     def commit(handle: EngineHandle) -> int:
         if handle.status == "updating":
             weights = weights_inside(handle)
-            missing = set(weights.tensors) - weights.written
-            engine.put(handle, [(name, weights.tensors[name].clone()) for name in missing])
+            missing = set(tensors_of(weights)) - weights.written
+            engine.put(handle, [(name, tensors_of(weights)[name].clone()) for name in missing])
         return engine.commit(handle)
 
     return serve(attrs.evolve(engine, commit=commit))
@@ -168,7 +169,7 @@ def _forgetful_wake(engine: Engine, config: EngineConfig) -> Engine:
         was_asleep = handle.status == "asleep"
         engine.wake(handle)
         if was_asleep:
-            weights_inside(handle).tensors["model.embed_tokens.weight"].zero_()
+            tensors_of(weights_inside(handle))["model.embed_tokens.weight"].zero_()
             refresh_inside(handle)
 
     return serve(attrs.evolve(engine, wake=wake))

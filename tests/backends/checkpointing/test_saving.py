@@ -419,3 +419,9 @@ def test_a_file_that_exists_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         write_file(path, [b"other"])
     assert path.read_bytes() == b"abc"
+
+
+def test_a_file_of_random_streams_says_whose_they_are(saved: Path) -> None:
+    """The streams of a rank carry its number and that of all ranks."""
+    written = json.loads((saved / "step-00000002" / "rank-00000.random.json").read_text())
+    assert (written["rank"], written["world_size"]) == (0, 1)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lightrft.backends.collectives.record import CollectiveFunctions
 from lightrft.backends.collectives.seeding import stream_seed
 from lightrft.backends.collectives.single import build_collectives
-from lightrft.backends.launch import device_of_process
+from lightrft.backends.launch import device_of_process, local_rank_of_launch
 from lightrft.errors import ConfigError, UnsupportedError
 from lightrft.strategy.config import StrategyConfig
 
@@ -304,3 +304,14 @@ def test_torchrun_with_one_process_is_one_process(monkeypatch: pytest.MonkeyPatc
     collectives = build_collectives(StrategyConfig(seed=3))
     assert collectives.setup_distributed().local_rank == 0
     collectives.teardown()
+
+
+def test_the_local_rank_is_the_launcher_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LOCAL_RANK numbers the processes of a machine; without a launcher there is one, number 0."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert local_rank_of_launch() == 0
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert local_rank_of_launch() == 3
+    monkeypatch.setenv("LOCAL_RANK", "-1")
+    with pytest.raises(ConfigError, match="LOCAL_RANK='-1' is not an integer from 0 up"):
+        local_rank_of_launch()

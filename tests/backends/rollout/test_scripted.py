@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightrft.backends.rollout.scripted import build_scripted
-from lightrft.backends.rollout.weights import check_coverage, copy_model, write_tensors
+from lightrft.backends.rollout.weights import check_coverage, copy_model, tensors_of, write_tensors
 from lightrft.config.sections import EngineConfig
 from lightrft.errors import ConfigError, DataError, UnsupportedError, WeightSyncError
 from lightrft.models.tokenizer import build_character_tokenizer
@@ -108,11 +108,11 @@ def test_the_copy_shares_no_memory_and_leaves_gradients_behind() -> None:
     weights = copy_model(model)
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in weights.model.parameters())
-    before = {name: tensor.clone() for name, tensor in weights.tensors.items()}
+    before = {name: tensor.clone() for name, tensor in tensors_of(weights).items()}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)
-    assert all(torch.equal(before[name], tensor) for name, tensor in weights.tensors.items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in tensors_of(weights).items())
 
 
 def test_tensors_that_do_not_fit_are_refused() -> None:
@@ -192,3 +192,15 @@ def test_what_would_choose_among_tokens_is_refused(name: str, value: float) -> N
     sampling = SamplingParams(max_new_tokens=4, **{name: value})
     with pytest.raises(UnsupportedError, match=rf"^{name}={value} chooses among tokens .*; leave it at "):
         handle.engine.generate(handle, [Prompt(token_ids=(1,))], sampling)
+
+
+def test_buffers_that_a_move_replaced_are_written() -> None:
+    """A move makes new buffers, as sleep and wake do on a device; an update after it writes those that are read."""
+    model = nn.BatchNorm1d(2)
+    weights = copy_model(model)
+    weights.model.double()
+    weights.model.float()
+    model.running_mean.fill_(3.0)
+    write_tensors(weights, model.state_dict().items())
+    check_coverage(weights)
+    assert weights.model.running_mean.tolist() == [3.0, 3.0]

@@ -28,8 +28,16 @@ class _ClippedCase:
 
 @st.composite
 def _clipped_cases(draw: DrawFn, world_size: int) -> _ClippedCase:
-    run = draw(run_cases(world_size=world_size, exact=True, micro_batches=(1, 2)))
-    return _ClippedCase(run=run, bound=draw(st.sampled_from([0.25, 0.0, 0.5, 2.0, 8.0])))
+    # several windows, because the first step of many optimizers does not depend on the size of a gradient
+    cases = run_cases(
+        world_size=world_size,
+        exact=True,
+        min_windows=2,
+        max_windows=4,
+        micro_batches=(1, 2),
+        weight_decays=(0.25, 0.0, 0.25),
+    )
+    return _ClippedCase(run=draw(cases), bound=draw(st.sampled_from([0.25, 0.0, 0.5, 0.25, 2.0, 8.0])))
 
 
 def _clipping_holds(harness: Harness, case: _ClippedCase) -> None:
