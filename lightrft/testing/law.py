@@ -12,6 +12,7 @@ from hypothesis.strategies import SearchStrategy
 
 from lightrft.strategy.protocols import Capabilities
 from lightrft.testing.plain import from_json, to_json
+from lightrft.testing.ranks.watchdog import StuckError
 from lightrft.testing.subject import RunOnRanks, Subject
 
 __all__ = ["Cases", "Check", "Harness", "Holds", "Law", "Worlds", "for_all"]
@@ -146,6 +147,6 @@ def _type_of_case(holds: Holds[_Case]) -> type[_Case]:
 def _noted(case: _Case, kind: type[_Case]) -> Generator[None]:
     try:
         yield
-    except Exception as error:
+    except (Exception, StuckError) as error:
         error.add_note(f"example: {to_json(case, kind)}")
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Literal, Protocol, TypeAlias, TypeVar, cast
 
 import attrs
@@ -14,6 +15,7 @@ from lightrft.strategy.build import get_strategy
 from lightrft.strategy.protocols import BuildEngine, BuildStrategy
 from lightrft.strategy.record import Strategy
 from lightrft.strategy.registry import ENGINES, registered_engines, registered_strategies
+from lightrft.testing.conformance.failure import describe_error
 
 __all__ = ["Program", "Rank", "RunOnRanks", "Subject", "SubjectKind", "find_builder", "subject_of"]
 
@@ -36,6 +38,7 @@ class Subject:
         build: makes the strategy, whose `setup_inference_engine` knows the engine under `engine.type`.
         config: the settings that laws start from; each changes those that it is about.
         engine: the settings of the engine.
+        build_engine: makes the engine that is held to its laws; None if that is the strategy.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Subject:
     build: BuildStrategy
     config: StrategyConfig
     engine: EngineConfig
+    build_engine: BuildEngine | None = None
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -93,7 +97,8 @@ class RunOnRanks(Protocol):
             case: what to give it.
 
         Raises:
-            LawError: ranks wait for one another for ever, or a process ended; the last call of every rank is named.
+            StuckError: ranks wait for ever; where each of them is is named.
+            LawError: a process ended; the last call of every rank is named.
             Exception: whatever the program raised on the first rank that failed, with a note of the rank.
         """
         ...
@@ -116,12 +121,27 @@ def find_builder(target: str, kind: SubjectKind) -> BuildStrategy | BuildEngine:
             raise ConfigError(f"target={target!r} is no registered {kind}; {nearest(target, known)}.")
         return known[target]
     try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        found = getattr(_import(module, target), attribute)
+    except AttributeError as error:
         raise ConfigError(f"target={target!r} cannot be imported ({error}); write package.module:function.") from error
     if not callable(found):
-        raise ConfigError(f"target={target!r} is a {type(found).__name__}; name a function that builds a {kind}.")
+        raise ConfigError(
+            f"target={target!r} is of type {type(found).__name__}; name a function that builds the {kind}."
+        )
     return cast("BuildStrategy | BuildEngine", found)
+
+
+def _import(module: str, target: str) -> ModuleType:
+    try:
+        return import_module(module)
+    except (Exception, SystemExit) as error:  # a module of the user's can raise anything
+        said = describe_error(error)
+        is_missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        if is_missing or not module.strip(".") or module.startswith("."):
+            message = f"target={target!r} cannot be imported ({said}); write package.module:function."
+        else:
+            message = f"target={target!r} cannot be imported: {module!r} itself fails ({said}); mend that module."
+        raise ConfigError(message) from error
 
 
 def subject_of(
@@ -162,9 +182,10 @@ def subject_of(
             engine=engine or EngineConfig(type="scripted"),
         )
     chosen = attrs.evolve(engine or EngineConfig(), type="subject")
-    engines = {**ENGINES, "subject": cast("BuildEngine", builder)}
+    build_engine = cast("BuildEngine", builder)
+    engines = {**ENGINES, "subject": build_engine}
 
     def build(config: StrategyConfig) -> Strategy:
         return get_strategy(attrs.evolve(config, strategy="single"), engines=engines)
 
-    return Subject(name=name, kind=kind, build=build, config=base, engine=chosen)
+    return Subject(name=name, kind=kind, build=build, config=base, engine=chosen, build_engine=build_engine)

@@ -33,6 +33,9 @@ _Result = TypeVar("_Result")
 _GLANCE = 0.1
 """Seconds after which the caller looks for signals: one that comes just before it waits does not end the wait."""
 
+_PATIENCE = 5.0
+"""Seconds that interrupted ranks have to reach a collective, where they end; right ones take milliseconds."""
+
 
 def _held() -> threading.Semaphore:
     return threading.Semaphore(0)
@@ -206,12 +209,16 @@ def _run_threads(world: SimulatedWorld, program: Callable[[int], _Result], resul
             pass
     except BaseException as error:  # the caller was interrupted, so the ranks are too, at their next collective
         world.failure = world.failure or (world.order[0].number, error)
-        world.finished.acquire()
-        raise
-    finally:
-        # not before: a `join` that is interrupted may take a thread for ended that still runs
-        for thread in threads:
-            thread.join()
+        if world.finished.acquire(timeout=_PATIENCE):
+            _join(threads)
+        raise  # a rank that waits for ever is left behind: its thread is a daemon, which ends with the process
+    _join(threads)
+
+
+def _join(threads: list[threading.Thread]) -> None:
+    # not before they are finished: a `join` that is interrupted may take a thread for ended that still runs
+    for thread in threads:
+        thread.join()
 
 
 def _run_rank(rank: SimulatedRank, program: Callable[[int], _Result], results: dict[int, _Result]) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.record import Strategy
+from lightrft.testing.ranks.watchdog import watched
 from lightrft.testing.subject import Program, Rank, RunOnRanks, Subject
 
 __all__ = ["run_here", "scratch_directory", "strategies_torn_down"]
@@ -36,6 +37,7 @@ def run_here(subject: Subject) -> RunOnRanks:
             torch.random.fork_rng(),
             scratch_directory() as directory,
             strategies_torn_down(subject, rank=0, world_size=1, directory=directory) as rank,
+            watched(),
         ):
             torch.manual_seed(_FOREIGN_SEED)
             return [program(rank, case)]

@@ -36,6 +36,9 @@ def with_last_call(build: BuildStrategy, path: str) -> BuildStrategy:
         os.pwrite(file, f"{state} {name} {time.monotonic()}".ljust(_SIZE).encode("ascii"), 0)
 
     def wrap(name: str, function: Callable[_Params, _Result], /) -> Callable[_Params, _Result]:
+        if name == "teardown":  # comes after every program, and would hide what matters
+            return function
+
         @functools.wraps(function)
         def noted(*args: _Params.args, **kwargs: _Params.kwargs) -> _Result:
             write("in", name)

@@ -30,6 +30,7 @@ from lightrft.testing.ranks.messages import (
     types_of_program,
 )
 from lightrft.testing.ranks.spawn import Worker, end_workers, exit_words, say, start_workers
+from lightrft.testing.ranks.watchdog import StuckError
 from lightrft.testing.subject import Program, RunOnRanks, Subject
 
 __all__ = ["processes"]
@@ -77,7 +78,7 @@ def processes(subject: Subject, world_size: int, *, timeout: float = 30.0) -> Ge
     """Yield what runs programs on ranks in processes of their own, over gloo; afterwards all of them are gone.
 
     The workers start with the first program. Programs and subject are found there by their names, with the module
-    search path of this process. A program that takes longer than the timeout is a `LawError` that names the last call
+    search path of this process. A program that takes longer than the timeout is a `StuckError` that names the last call
     of every rank.
 
     Args:
@@ -165,7 +166,7 @@ def _collect(pool: _Pool, timeout: float) -> dict[int, Reply]:
             if any(reply.failure for reply in replies.values()):
                 _end(pool)
                 return replies
-            raise LawError(_stuck_words(pool, replies, timeout)) from None
+            raise StuckError(_stuck_words(pool, replies, timeout)) from None
         if line is None:
             end_workers(pool.workers)  # before anybody asks for its exit code: then its number may be another process's
             raise LawError(f"{exit_words(pool.workers[rank])}\n{_last_calls(pool, replies)}")

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from lightrft.backends.collectives.simulated import run_simulated
 from lightrft.testing.ranks.here import scratch_directory, strategies_torn_down
+from lightrft.testing.ranks.watchdog import watched
 from lightrft.testing.subject import Program, RunOnRanks, Subject
 
 __all__ = ["run_simulated_ranks"]
@@ -23,7 +24,7 @@ def run_simulated_ranks(subject: Subject, world_size: int) -> RunOnRanks:
     """
 
     def run(program: Program[_Case, _Evidence], case: _Case) -> list[_Evidence]:
-        with scratch_directory() as directory:
+        with scratch_directory() as directory, watched():
 
             def run_rank(number: int) -> _Evidence:
                 with strategies_torn_down(subject, rank=number, world_size=world_size, directory=directory) as rank:

@@ -22,6 +22,7 @@ from lightrft.errors import CollectiveError, ConfigError, DataError, LawError
 from lightrft.strategy.record import Strategy
 from lightrft.testing.ranks.here import run_here
 from lightrft.testing.ranks.processes import processes
+from lightrft.testing.ranks.watchdog import StuckError
 from lightrft.testing.replicated import build_gloo
 from lightrft.testing.subject import RunOnRanks, Subject, subject_of
 
@@ -148,7 +149,7 @@ def test_a_hang_ends_with_the_last_call_of_every_rank(programs: ModuleType) -> N
     """A program that takes too long is a LawError, its workers are killed, and the next program finds new ones."""
     with processes(subject_of(build_gloo, "strategy", config=CONFIG), RANKS, timeout=3) as run:
         before = [pid for each in run(programs.pids, True) for pid in each]
-        with pytest.raises(LawError) as caught:
+        with pytest.raises(StuckError) as caught:
             run(programs.hangs, 1)
         assert "timeout=3 seconds were not enough" in str(caught.value)
         assert "rank 0 is in all_reduce since" in str(caught.value)
