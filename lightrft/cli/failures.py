@@ -63,7 +63,7 @@ def explain(error: BaseException) -> list[str]:
 
 def _messages(error: BaseException) -> list[str]:
     if isinstance(error, KeyboardInterrupt):
-        return ["interrupted at once, in the middle of a step."]
+        return [str(error) or "interrupted at once, in the middle of a step."]
     if isinstance(error, ConfigError) and error.__cause__ is None:
         return str(error).splitlines() or [""]
     if isinstance(error, LightRFTError):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TypeVar, cast
 
 import torch
-from cattrs import Converter
+from cattrs import Converter, transform_error
 from cattrs.preconf.json import make_converter
 
 from lightrft.errors import ConfigError
@@ -46,7 +46,19 @@ def from_json(text: str, kind: type[_Value]) -> _Value:
     try:
         return _converter().structure(json.loads(text), kind)
     except Exception as error:
-        raise ConfigError(f"example={text[:80]!r} is no {kind}: {error!r}; pass what a failed law printed.") from error
+        name = getattr(kind, "__name__", str(kind))
+        raise ConfigError(
+            f"example={text[:80]!r} is no {name} ({_problem(error)}); pass what a failed law printed."
+        ) from error
+
+
+def _problem(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"line {error.lineno}, column {error.colno}: {error.msg}"
+    try:
+        return "; ".join(transform_error(error, path="it"))
+    except Exception:  # noqa: BLE001 (only errors of cattrs can be told by cattrs)
+        return f"{type(error).__name__}: {error}"
 
 
 @functools.cache  # a converter compiles one function a type

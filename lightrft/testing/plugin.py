@@ -15,6 +15,7 @@ import pytest
 from typing_extensions import override
 
 if TYPE_CHECKING:
+    import argparse
     from pathlib import Path
 
     from lightrft.strategy.protocols import Capabilities
@@ -50,11 +51,32 @@ def pytest_configure(config: pytest.Config) -> None:
 
     Args:
         config: pytest's.
+
+    Raises:
+        pytest.UsageError: there are targets, and an option makes no sense or hypothesis is not installed.
     """
     given = any(getattr(config.option, f"lightrft_{kind}") for kind in _KINDS)
     if not given and config.args_source is not pytest.Config.ArgsSource.ARGS:
         for kind in _KINDS:
             setattr(config.option, f"lightrft_{kind}", config.getini(f"lightrft_{kind}"))
+    if any(getattr(config.option, f"lightrft_{kind}") for kind in _KINDS):
+        _check_options(config.option)
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    from lightrft.errors import ConfigError, MissingPackageError
+    from lightrft.testing.conformance.settings import check_settings, require_hypothesis
+
+    try:
+        require_hypothesis()
+        check_settings(
+            world_sizes=options.lightrft_world_size or (1,),
+            max_examples=options.lightrft_max_examples,
+            seed=options.lightrft_seed,
+            option="--lightrft-",
+        )
+    except (ConfigError, MissingPackageError) as error:
+        raise pytest.UsageError(str(error)) from error
 
 
 @pytest.hookimpl(tryfirst=True)  # before -k and -m choose among the items
@@ -68,7 +90,7 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
     """
     for kind in _KINDS:
         for target in getattr(config.option, f"lightrft_{kind}"):
-            for world_size in config.option.lightrft_world_size or [1]:
+            for world_size in dict.fromkeys(config.option.lightrft_world_size or [1]):
                 items.extend(session.genitems(_laws(session, target, kind, world_size)))
 
 
@@ -103,9 +125,9 @@ class Laws(pytest.Collector):
             from lightrft.testing.conformance.hold import says_something
             from lightrft.testing.laws.registry import choose_laws
 
-            self.subject.build(self.subject.config)
             laws = choose_laws(self.kind, self.config.option.lightrft_laws)
-        except Exception as error:  # the user's module can raise anything
+            _ = self.claims  # told once for the target, and not by each law, if it cannot be built
+        except Exception as error:  # an engine registered by another package can raise anything
             raise self.CollectError(f"{type(error).__name__}: {error}") from error
         return (LawItem.from_parent(self, name=law.id, law=law) for law in laws if says_something(law, self.world_size))
 

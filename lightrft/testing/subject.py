@@ -125,9 +125,8 @@ def find_builder(target: str, kind: SubjectKind) -> BuildStrategy | BuildEngine:
     except AttributeError as error:
         raise ConfigError(f"target={target!r} cannot be imported ({error}); write package.module:function.") from error
     if not callable(found):
-        raise ConfigError(
-            f"target={target!r} is of type {type(found).__name__}; name a function that builds the {kind}."
-        )
+        a_kind = "an engine" if kind == "engine" else "a strategy"
+        raise ConfigError(f"target={target!r} is of type {type(found).__name__}; name a function that builds {a_kind}.")
     return cast("BuildStrategy | BuildEngine", found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Generator
@@ -12,7 +13,7 @@ import pytest
 from cli_runs import Cli
 from typing_extensions import override
 
-from lightrft.testing.laws.registry import STRATEGY_LAWS
+from lightrft.testing.laws.registry import ENGINE_LAWS, STRATEGY_LAWS
 
 BACKENDS = """\
 import attrs
@@ -48,14 +49,64 @@ def build_secretly(config):
     return STRATEGIES["single"](config)
 
 
+def build_nothing(config: StrategyConfig):
+    return None
+
+
+def build_class(config: StrategyConfig):
+    return Strategy
+
+
+def build_without_argument() -> Strategy:
+    return STRATEGIES["single"](StrategyConfig())
+
+
+def build_red(config: StrategyConfig):
+    raise RuntimeError("\\x1b[31mred.")
+
+
+def build_leaving(config: StrategyConfig):
+    raise SystemExit(0)
+
+
+def build_incomplete(config: StrategyConfig):
+    return Strategy(capabilities=frozenset())
+
+
+def build_listing(config: StrategyConfig):
+    return attrs.evolve(STRATEGIES["single"](config), capabilities=["ranks"])
+
+
+def build_other(config: "sections.EngineConfig"):
+    return STRATEGIES["single"](StrategyConfig())
+
+
+def build_stopping(config: StrategyConfig):
+    def get_rank():
+        raise KeyboardInterrupt
+
+    return attrs.evolve(STRATEGIES["single"](config), get_rank=get_rank)
+
+
+def build_painting(config: StrategyConfig):
+    def get_rank():
+        raise RuntimeError("\\x1b[31mred")
+
+    return attrs.evolve(STRATEGIES["single"](config), get_rank=get_rank)
+
+
 TEXT = "no function"
 """
+
+MODULES = {"importing": "import nowhere_at_all", "misspelt": "def (", "leaving": "raise SystemExit(0)"}
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[Path]:
     """Stand in a directory with a module of the user's."""
     (tmp_path / "backends.py").write_text(BACKENDS)
+    for name, text in MODULES.items():
+        (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -74,7 +125,7 @@ def test_laws_that_hold_are_a_table(cli: Cli, here: Path) -> None:
     assert [row.endswith(STRATEGY_LAWS[name].statement) for row, name in zip(rows, names, strict=True)]
     assert blank == ""
     assert summary.startswith(f"strategy single: {len(names)} holds, 0 broken, 0 not claimed, in ")
-    assert [path.name for path in here.iterdir()] == ["backends.py"]
+    assert {path.name for path in here.iterdir()} == {"backends.py", *(f"{name}.py" for name in MODULES)}
 
 
 @pytest.mark.usefixtures("here")
@@ -129,28 +180,99 @@ def test_settings_reach_the_builder(cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "0 targets are given"),
+        ([], "error: no target is given"),
         (["single", "fake"], "2 targets are given"),
         (["sngle"], "target='sngle' is not registered; did you mean 'single'?"),
         (["backends:build_secretly"], "does not say what it builds; add --kind strategy or --kind engine."),
-        (["backends:build_nothing"], "target='backends:build_nothing' cannot be imported"),
-        (["backends:TEXT", "--kind", "engine"], "target='backends:TEXT' is a str"),
-        (["nowhere:build"], "No module named 'nowhere'"),
+        (["backends:build_never"], "target='backends:build_never' cannot be imported"),
+        (
+            ["backends:TEXT", "--kind", "engine"],
+            "target='backends:TEXT' is of type str; name a function that builds an engine.",
+        ),
+        (["nowhere:build"], "No module named 'nowhere'); write package.module:function."),
+        ([":build"], "target=':build' cannot be imported (ValueError: Empty module name); write"),
+        (["importing:build"], "'importing' itself fails (ModuleNotFoundError: No module named 'nowhere_at_all'); mend"),
+        (["misspelt:build"], "'misspelt' itself fails (SyntaxError: invalid syntax"),
+        (["leaving:build"], "'leaving' itself fails (SystemExit: 0); mend that module."),
+        (["backends:build_nothing"], "cannot be built (it returned None); make it a function of one argument, Strat"),
+        (["backends:build_class"], "cannot be built (it returned the class Strategy); make it"),
+        (["backends:build_without_argument"], "takes 0 positional arguments but 1 was given); make it"),
+        (["backends:build_red"], "cannot be built (RuntimeError: \\x1b[31mred); make it"),
+        (["backends:build_leaving"], "cannot be built (SystemExit: 0); make it"),
+        (["backends:build_incomplete"], "cannot be built (TypeError: Strategy.__init__() missing"),
+        (["backends:build_listing"], "cannot be built (its capabilities are no frozenset but ['ranks']); make it"),
+        (["backends:build_other"], "(it returned an object of type Strategy); make it a function of one argument, Eng"),
+        (["backends:build_scripted", "--kind", "strategy"], "argument, StrategyConfig, that returns a Strategy."),
+        (
+            ["single", "--world-size", "2"],
+            "--world-size=2 holds no law: 'ranks' is not claimed by single; claim it, or",
+        ),
+        (
+            ["single", "--laws", "collectives.barrier"],
+            "--laws='collectives.barrier' is not held: 'ranks' is not claimed",
+        ),
+        (["single", "strategy=fake"], "strategy='fake' would choose the strategy, and 'single' is held to its laws"),
+        (["hf", "type=scripted"], "type='scripted' would choose the engine, and 'hf' is held to its laws"),
+        (["single", "--seed", "-1"], "--seed=-1 is below 0"),
         (["single", "--laws", "step.acumulation"], "did you mean 'step.accumulation'?"),
-        (["single", "--example", "{}"], "example='{}' is of one law"),
-        (["single", "--laws", "record.frozen", "--example", "{}"], "example='{}' is no "),
-        (["single", "--max-examples", "0"], "max_examples=0 looks at nothing"),
-        (["single", "--world-size", "0"], "world_sizes=[0] are no numbers of ranks"),
-        (["hf", "--engine", "scripted"], "engine='scripted' is for a strategy"),
-        (["single", "--engine", "nothing"], "engine_type='nothing' is not registered"),
-        (["single", "--report", "nowhere/page.html"], "report='nowhere/page.html' cannot be written"),
+        (["single", "--example", "{}"], "--example is of one law and"),
+        (
+            ["single", "--laws", "record.frozen", "--example", "{}"],
+            "example='{}' is no RecordCase (required field missing @ it.run; ",
+        ),
+        (["single", "--laws", "record.frozen", "--example", "{"], "is no RecordCase (line 1, column 2: Expecting"),
+        (["single", "--max-examples", "0"], "--max-examples=0 looks at nothing"),
+        (["single", "--world-size", "0"], "--world-size=0 is no number of ranks"),
+        (["hf", "--engine", "scripted"], "--engine='scripted' is for a strategy"),
+        (["single", "--engine", "nothing"], "--engine='nothing' is not registered"),
+        (["single", "--report", "nowhere/page.html"], "--report='nowhere/page.html' cannot be written (No such file"),
+        (["single", "--report", "."], "--report='.' cannot be written (it is no file)"),
+        (["single", "--report", "x" * 300], "cannot be written (File name too long)"),
     ],
 )
 def test_wrong_input_is_one_line(cli: Cli, argv: list[str], words: str) -> None:
-    """What makes no sense ends with exit code 2 and one line."""
+    """What makes no sense ends with exit code 2 and one line, before any table."""
     outcome = cli("conformance", *argv)
-    assert outcome.code == 2
+    assert (outcome.code, outcome.out) == (2, "")
     assert words in outcome.line
+
+
+@pytest.mark.usefixtures("here")
+def test_an_interrupt_says_what_is_left(cli: Cli) -> None:
+    """Ctrl-C ends with 130, and what was held before stands in the table."""
+    outcome = cli("conformance", "backends:build_stopping", "--laws", "record.frozen", "collectives.world")
+    assert outcome.code == 130
+    assert [line.split()[0] for line in outcome.out.splitlines()] == ["law", "record.frozen"]
+    assert outcome.line.endswith("error: interrupted; what was held so far stands above.")
+
+
+@pytest.mark.usefixtures("here")
+def test_no_control_character_reaches_the_terminal_or_the_page(cli: Cli) -> None:
+    """What a user's exception says is escaped."""
+    target = "backends:build_painting"
+    outcome = cli("conformance", target, "--laws", "collectives.world", "--report", "page.html")
+    assert outcome.code == 1
+    for text in (outcome.out, Path("page.html").read_text()):
+        assert "\x1b" not in text
+        assert "\\x1b[31mred" in text
+
+
+def test_rows_are_cut_to_the_terminal(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal a row is one line of it; elsewhere the sentence is whole."""
+    asked = ("conformance", "single", "--laws", "record.frozen", "--world-size", "1", "1", "--max-examples", "1")
+    assert STRATEGY_LAWS["record.frozen"].statement in cli(*asked).out
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    _, *rows = cli(*asked).out.splitlines()[:-2]
+    assert [(len(row), row[-3:]) for row in rows] == [(60, "...")]
+
+
+def test_the_laws_are_listed(cli: Cli) -> None:
+    """`--list` needs no target and gives each law with its sentence."""
+    outcome = cli("conformance", "--list")
+    assert outcome.code == 0
+    for law in [*STRATEGY_LAWS.values(), *ENGINE_LAWS.values()]:
+        assert re.search(rf"^{law.id} +{re.escape(law.statement)}$", outcome.out, re.MULTILINE)
 
 
 @pytest.mark.usefixtures("here")
@@ -216,8 +338,10 @@ def test_the_page_is_whole_and_needs_nothing_else(cli: Cli) -> None:
         "record.*",
         "collectives.barrier",
     )
+    Path("page.html").symlink_to("real.html")
     outcome = cli(*asked, "--max-examples", "2", "--report", "page.html")
     assert outcome.out.splitlines()[-1] == "report: page.html"
+    assert Path("page.html").is_symlink()
     text = Path("page.html").read_text()
     assert "url(" not in text
     page = _Page()

@@ -33,6 +33,10 @@ def build_renamed(config: StrategyConfig) -> Strategy:
 
 def build_broken(config: StrategyConfig) -> Strategy:
     raise ZeroDivisionError("by nothing")
+
+
+def build_nothing(config: StrategyConfig) -> Strategy:
+    return None
 """
 
 
@@ -106,6 +110,7 @@ def test_what_cannot_be_collected_is_an_error_of_one_line(project: pytest.Pytest
         "--lightrft-strategy=sngle",
         "--lightrft-engine=backends:none",
         "--lightrft-strategy=backends:build_broken",
+        "--lightrft-strategy=backends:build_nothing",
     )
     result = run(project, *targets)
     assert result.ret == pytest.ExitCode.INTERRUPTED
@@ -114,12 +119,30 @@ def test_what_cannot_be_collected_is_an_error_of_one_line(project: pytest.Pytest
             "*ERROR collecting strategy sngle*",
             "ConfigError: target='sngle' is no registered strategy; did you mean 'single'?*",
             "*ERROR collecting strategy backends:build_broken*",
-            "ZeroDivisionError: by nothing",
+            "ConfigError: target='backends:build_broken' cannot be built (ZeroDivisionError: by nothing); make it *",
+            "*ERROR collecting strategy backends:build_nothing*",
+            "ConfigError: target='backends:build_nothing' cannot be built (it returned None); make it *",
             "*ERROR collecting engine backends:none*",
             "ConfigError: target='backends:none' cannot be imported*",
         ]
     )
     result.stdout.no_fnmatch_line("*Traceback*")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--lightrft-max-examples=0"], "ERROR: --lightrft-max-examples=0 looks at nothing; use 1 or more."),
+        (["--lightrft-world-size=0"], "ERROR: --lightrft-world-size=0 is no number of ranks; use 1 or more."),
+        (["-p", "without_hypothesis"], "ERROR: hypothesis is not installed and draws the examples; pip install *"),
+    ],
+)
+def test_wrong_options_are_one_line_at_the_start(project: pytest.Pytester, words: list[str], line: str) -> None:
+    """Nothing is collected when an option makes no sense, or when the package that draws is missing."""
+    project.makepyfile(without_hypothesis='import importlib.util\nimportlib.util.find_spec = {"numpy": 1}.get\n')
+    result = run(project, "--lightrft-strategy=single", *words)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([line])
 
 
 @pytest.mark.slow

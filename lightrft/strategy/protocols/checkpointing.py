@@ -94,7 +94,7 @@ class SaveCkpt(Protocol):
             scheduler: schedule of a plain model.
             step: number of the checkpoint; None takes one more than the newest.
             client_state: anything that JSON can hold.
-            max_num: how many newest checkpoints stay; None keeps all.
+            max_num: how many newest checkpoints stay, besides the one just saved if it is older; None keeps all.
 
         Raises:
             CheckpointError: the step exists, or the files cannot be written.

@@ -101,7 +101,8 @@ class SamplingParams:
 
     Attributes:
         temperature: divides the logits; 0 is greedy.
-        top_p: sample from the smallest set of tokens whose probability reaches this share; 1 is off.
+        top_p: sample from the smallest set of tokens whose probability reaches this share of what top_k leaves; 1 is
+            off.
         top_k: sample from this many most likely tokens; 0 is off.
         max_new_tokens: bound on the tokens of a completion.
         min_new_tokens: tokens before a stop token may be sampled.
@@ -228,7 +229,10 @@ class Generate(Protocol):
 
         Raises:
             EngineStateError: the engine is not awake.
-            DataError: a prompt is empty, or does not fit into the model's context; its index is named.
+            DataError: a prompt is empty, has a token outside of the model's vocabulary, or leaves no room in its
+                context; its index is named.
+            ConfigError: sampling parameters that cannot be met: `min_new_tokens` exceeds `max_new_tokens`, a stop token
+                is outside of the vocabulary, or prompt and `max_new_tokens` together exceed the context.
             UnsupportedError: the engine cannot do what the request asks for, such as images; see `CAPABILITIES`.
         """
         ...
@@ -334,6 +338,9 @@ class FlushCache(Protocol):
 
         Args:
             handle: any engine that is not closed.
+
+        Raises:
+            EngineStateError: it is closed.
         """
         ...
 

@@ -219,7 +219,7 @@ class Backward(Protocol):
             weight: the micro-batch's share of the window; None means equal shares, 1 / accumulation steps.
 
         Raises:
-            StepError: the loss is not 0-d or has no gradient.
+            StepError: the loss is not 0-d or has no gradient, or the weight is not finite.
         """
         ...
 

@@ -5,6 +5,8 @@ B batch, T tokens, V vocabulary
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 import attrs
@@ -14,6 +16,7 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from torch import Tensor
 
 __all__ = [
+    "BROKEN",
     "FAULTS",
     "Fault",
     "LossKind",
@@ -32,11 +35,23 @@ __all__ = [
 LossKind: TypeAlias = Literal["linear", "cross_entropy"]
 """What is minimised: "linear" in the logits, with gradients that float32 holds exactly, or the usual one."""
 
-Fault: TypeAlias = Literal["loss is nan", "loss is inf", "gradient is nan"]
+Fault: TypeAlias = Literal[
+    "loss is nan", "loss is inf", "gradient is nan", "first gradient is nan", "last gradient is nan"
+]
 """What is wrong with a micro-batch."""
 
-FAULTS: tuple[Fault, ...] = ("loss is nan", "loss is inf", "gradient is nan")
+FAULTS: tuple[Fault, ...] = (
+    "loss is nan",
+    "loss is inf",
+    "gradient is nan",
+    "first gradient is nan",
+    "last gradient is nan",
+)
 """All of them."""
+
+
+BROKEN: Mapping[Fault, int] = MappingProxyType({"first gradient is nan": 0, "last gradient is nan": -1})
+"""Place of the one parameter whose gradient is wrong, for the faults that a model is asked for."""
 
 
 @attrs.frozen(kw_only=True)
@@ -135,7 +150,7 @@ def micro_batch_loss(logits_BTV: Tensor, batch: MicroBatch, kind: LossKind) -> T
         kind: which loss.
     """
     loss = sample_losses(logits_BTV, batch.samples, kind).mean()
-    if batch.fault is None:
+    if batch.fault is None or batch.fault in BROKEN:  # what is in BROKEN is the model's to do
         return loss
     if batch.fault == "gradient is nan":  # the loss stays finite: the slope of a root at zero is infinite
         return loss + (logits_BTV.float().sum() * 0.0).abs().sqrt()

@@ -25,7 +25,7 @@ class ModelCase:
         normed: whether there is a layer norm, which rounds.
         frozen: parts that ask for no gradient; what else there is keeps the model trainable.
         odd: shape of a parameter that fits no matrix product: 0-d, empty, prime sizes.
-        seed: of the weights, which are multiples of 1/4.
+        seed: of the weights and of the offset, which are multiples of 1/4, and of the count of steps.
     """
 
     vocabulary: int = 7
@@ -57,19 +57,26 @@ class SmallModel(nn.Module):
         self.scale = nn.Parameter(torch.empty(()))
         self.odd = nn.Parameter(torch.empty(case.odd))
         self.head = nn.Linear(case.hidden, case.vocabulary, bias=False)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.steps = nn.Buffer(torch.zeros((), dtype=torch.int64))
+        self.offset = nn.Buffer(torch.zeros(2))
         if case.tied:
             self.head.weight = self.embedding.weight
 
-    def forward(self, input_ids_BT: Tensor) -> Tensor:
+    def forward(self, input_ids_BT: Tensor, broken: int | None = None) -> Tensor:
         """Return logits (B, T, V).
 
         Args:
             input_ids_BT: (B, T) int64 in [0, vocabulary).
+            broken: place, among the parameters that are trained, of one whose gradient will not be a number; the
+                logits stay what they are.
         """
         hidden_BTH = self.norm(self.middle(self.embedding(input_ids_BT)) * self.scale)
-        logits_BTV: Tensor = self.head(hidden_BTH) + self.odd.sum()
-        return logits_BTV
+        logits_BTV: Tensor = self.head(hidden_BTH) + (self.odd.sum() + self.offset.sum())
+        if broken is None:
+            return logits_BTV
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad and parameter.numel()]
+        # the slope of a root at zero is infinite
+        return logits_BTV + (trained[broken].sum() * 0.0).abs().sqrt()
 
 
 def build_model(case: ModelCase) -> SmallModel:
@@ -89,6 +96,9 @@ def build_model(case: ModelCase) -> SmallModel:
         for name, parameter in model.named_parameters():
             if not name.startswith("norm."):
                 parameter.copy_(torch.randint(-4, 5, parameter.shape, generator=generator) / 4)
+        # never zero, which is what a buffer is that nobody restored
+        model.steps.copy_(torch.randint(1, 1000, (), generator=generator))
+        model.offset.copy_(torch.randint(1, 9, (2,), generator=generator) / 4)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(_belongs(name, part) for part in case.frozen))
     return model

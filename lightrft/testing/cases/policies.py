@@ -100,15 +100,17 @@ def build_policy(case: PolicyCase) -> nn.Module:
 
 
 @contextmanager
-def running(rank: Rank, actor: nn.Module) -> Generator[EngineHandle]:
+def running(rank: Rank, actor: nn.Module, *, batch_size: int | None = None) -> Generator[EngineHandle]:
     """Yield the engine that is held to its laws, started from a model, and close it.
 
     Args:
         rank: where it runs.
         actor: the plain model.
+        batch_size: sequences that the engine decodes at once; None leaves it as configured.
     """
     strategy = rank.build(rank.config)
-    with strategy.setup_inference_engine(rank.engine, actor=actor) as handle:
+    config = rank.engine if batch_size is None else attrs.evolve(rank.engine, batch_size=batch_size)
+    with strategy.setup_inference_engine(config, actor=actor) as handle:
         yield handle
 
 

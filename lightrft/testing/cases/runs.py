@@ -14,7 +14,15 @@ from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.protocols import StepResult, Trainable
 from lightrft.strategy.protocols.training import CreateOptimizer
 from lightrft.strategy.record import Strategy
-from lightrft.testing.cases.batches import LossKind, MicroBatch, Window, equal_windows, input_ids_of, micro_batch_loss
+from lightrft.testing.cases.batches import (
+    BROKEN,
+    LossKind,
+    MicroBatch,
+    Window,
+    equal_windows,
+    input_ids_of,
+    micro_batch_loss,
+)
 from lightrft.testing.cases.models import ModelCase, build_model, model_cases
 from lightrft.testing.law import Harness
 from lightrft.testing.subject import Rank
@@ -165,7 +173,8 @@ def forward_backward(strategy: Strategy, trainable: Trainable, batch: MicroBatch
         batch: the micro-batch.
         kind: which loss.
     """
-    logits_BTV = trainable.model(input_ids_of(batch.samples))
+    broken = None if batch.fault is None else BROKEN.get(batch.fault)
+    logits_BTV = trainable.model(input_ids_of(batch.samples), broken)
     loss = micro_batch_loss(logits_BTV, batch, kind)
     strategy.backward(loss, trainable.model, trainable.optimizer, weight=batch.weight)
     return loss.item()

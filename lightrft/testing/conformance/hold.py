@@ -16,8 +16,10 @@ from lightrft.errors import ConfigError
 from lightrft.strategy.protocols import Capabilities
 from lightrft.testing.conformance.failure import describe_failure
 from lightrft.testing.conformance.report import Finding, Outcome, Report
+from lightrft.testing.conformance.settings import check_settings
 from lightrft.testing.conformance.target import claims_of, target_words
 from lightrft.testing.law import Harness, Law
+from lightrft.testing.ranks.watchdog import StuckError
 from lightrft.testing.subject import RunOnRanks, Subject
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "draw_settings",
     "hold",
     "hold_law",
+    "require_something_held",
     "run_on",
     "says_something",
 ]
@@ -78,8 +81,8 @@ def hold(
         on_finding: is told of each finding at once; None tells nobody.
 
     Raises:
-        ConfigError: the settings make no sense together, or the example is none of the law.
-        Exception: whatever the subject raises while it is built.
+        ConfigError: the settings make no sense together, the example is none of the law, or nothing can be built.
+        LightRFTError: the subject says itself why it cannot be built here.
 
     Example:
         >>> from lightrft.testing.laws.registry import choose_laws
@@ -88,12 +91,11 @@ def hold(
         >>> [finding.outcome for finding in hold(subject_of("single", "strategy"), laws, max_examples=2).findings]
         ['holds']
     """
-    _check(laws, world_sizes, example, ranks)
-    if max_examples < 1:
-        raise ConfigError(f"max_examples={max_examples!r} looks at nothing; use 1 or more.")
+    _check_example(laws, example)
+    check_settings(world_sizes=world_sizes, max_examples=max_examples, seed=seed, ranks=ranks)
     claims = claims_of(subject)
     findings: list[Finding] = []
-    for world_size in world_sizes:
+    for world_size in dict.fromkeys(world_sizes):
         with run_on(subject, ranks, world_size) as run:
             harness = Harness(
                 subject=subject,
@@ -152,15 +154,14 @@ def hold_law(law: Law, harness: Harness, *, claims: Capabilities, ranks: RanksKi
     Raises:
         ConfigError: the harness has an example, and it is none of this law.
     """
-    several: Capabilities = frozenset({"ranks"}) if harness.world_size > 1 or law.worlds == "several" else frozenset()
-    missing = sorted((law.requires | several) - claims)
+    missing = _missing(law, harness.world_size, claims)
     if missing:
         reason = " and ".join(f"{name!r} is not claimed" for name in missing)
         return _finding(law, harness, "not claimed", seconds=0.0, message=reason)
     start = time.perf_counter()
     try:
         law.check(harness)
-    except (Exception, SystemExit) as error:  # what a user's backend raises can be anything
+    except (Exception, SystemExit, StuckError) as error:  # what a user's backend raises can be anything
         if harness.example is not None and isinstance(error, ConfigError) and str(error).startswith("example="):
             raise
         failure = describe_failure(error)
@@ -168,6 +169,36 @@ def hold_law(law: Law, harness: Harness, *, claims: Capabilities, ranks: RanksKi
         example = failure.example or harness.example
         return attrs.evolve(finding, example=example, command=_command(law, harness, example, ranks))
     return _finding(law, harness, "holds", seconds=time.perf_counter() - start)
+
+
+def require_something_held(
+    subject: Subject, laws: Sequence[Law], world_sizes: Sequence[int], *, option: str = ""
+) -> None:
+    """Return if at least one law would be held; a run without any would look like success.
+
+    Args:
+        subject: the strategy or engine.
+        laws: what it would be held to.
+        world_sizes: numbers of ranks.
+        option: how the options of these settings begin; see `check_settings`.
+
+    Raises:
+        ConfigError: none would, and why.
+        LightRFTError: as `hold` where the subject cannot be built.
+    """
+    claims = claims_of(subject)
+    missing = [_missing(law, size, claims) for size in world_sizes for law in laws if _is_told(law, size, claims)]
+    if not all(missing):
+        return
+    names = sorted({name for each in missing for name in each})
+    sizes = f"{option}world{'-' if option else '_'}size"
+    given = f"{sizes}={' '.join(map(str, world_sizes))}"
+    reason = f"{' and '.join(map(repr, names))} is not claimed by {subject.name}"
+    if not names:
+        raise ConfigError(f"{given} holds no law: those that are chosen are about other numbers; choose another one.")
+    if "ranks" in names and max(world_sizes) > 1:
+        raise ConfigError(f"{given} holds no law: {reason}; claim it, or leave {sizes} out.")
+    raise ConfigError(f"{option}laws={laws[0].id!r} is not held: {reason}; claim it, or choose other laws.")
 
 
 @contextmanager
@@ -199,9 +230,18 @@ def _findings(
     laws: Sequence[Law], harness: Harness, claims: Capabilities, ranks: RanksKind | None
 ) -> Generator[Finding]:
     for law in laws:
-        # a law of several ranks is told to be out of reach even where there is only one
-        if says_something(law, harness.world_size) or (law.worlds == "several" and "ranks" not in claims):
+        if _is_told(law, harness.world_size, claims):
             yield hold_law(law, harness, claims=claims, ranks=ranks)
+
+
+def _is_told(law: Law, world_size: int, claims: Capabilities) -> bool:
+    # a law of several ranks is told to be out of reach even where there is only one
+    return says_something(law, world_size) or (law.worlds == "several" and "ranks" not in claims)
+
+
+def _missing(law: Law, world_size: int, claims: Capabilities) -> list[str]:
+    several: Capabilities = frozenset({"ranks"}) if world_size > 1 or law.worlds == "several" else frozenset()
+    return sorted((law.requires | several) - claims)
 
 
 def _finding(law: Law, harness: Harness, outcome: Outcome, *, seconds: float, message: str = "") -> Finding:
@@ -227,10 +267,6 @@ def _command(law: Law, harness: Harness, example: str | None, ranks: RanksKind |
     return f"lightrft conformance {shlex.join(words)}"
 
 
-def _check(laws: Sequence[Law], world_sizes: Sequence[int], example: str | None, ranks: RanksKind | None) -> None:
+def _check_example(laws: Sequence[Law], example: str | None) -> None:
     if example is not None and len(laws) != 1:
         raise ConfigError(f"example={example[:40]!r} is of one law and {len(laws)} are chosen; name the law.")
-    if any(world_size < 1 for world_size in world_sizes) or not world_sizes:
-        raise ConfigError(f"world_sizes={list(world_sizes)!r} are no numbers of ranks; give some from 1 on.")
-    if ranks == "here" and any(world_size > 1 for world_size in world_sizes):
-        raise ConfigError(f"ranks='here' is one rank and world_sizes={list(world_sizes)!r}; use 'processes'.")

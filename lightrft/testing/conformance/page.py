@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
@@ -12,7 +13,7 @@ from lightrft import __version__
 from lightrft.testing.conformance.report import Finding, Outcome, Report
 from lightrft.tracking.page import STYLE
 
-__all__ = ["render_page", "write_page"]
+__all__ = ["check_writable", "render_page", "write_page"]
 
 _CLASSES: Mapping[Outcome, str] = MappingProxyType({"holds": "good", "broken": "bad", "not claimed": "soft"})
 _STYLE = """
@@ -26,20 +27,44 @@ article h3{color:var(--bad-ink)}
 """
 
 
+def check_writable(output: Path) -> None:
+    """Return if a page can be written, which leaves nothing behind.
+
+    Args:
+        output: the file.
+
+    Raises:
+        OSError: it cannot be written, or is no file.
+    """
+    if output.exists() and not output.is_file():
+        raise OSError(None, "it is no file", str(output))
+    temporary = _beside(output)
+    try:
+        temporary.write_text("", encoding="utf-8")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _beside(output: Path) -> Path:
+    """Return a file in the directory of the output, or of what it links to."""
+    real = Path(os.path.realpath(output))
+    return real.with_name(f".{real.name[:200]}.tmp")
+
+
 def write_page(report: Report, output: Path) -> Path:
     """Write the page of a report and return its path.
 
     Args:
         report: what came of the laws.
-        output: the file, replaced in one step if it exists.
+        output: the file, replaced in one step if it exists; a link stays, and what it links to is replaced.
 
     Raises:
         OSError: it cannot be written.
     """
-    temporary = output.with_name(f".{output.name}.tmp")
+    temporary = _beside(output)
     try:
         temporary.write_text(render_page(report), encoding="utf-8", errors="backslashreplace")
-        temporary.replace(output)
+        temporary.replace(os.path.realpath(output))
     finally:
         temporary.unlink(missing_ok=True)
     return output

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
-from typing import cast, get_args
+from collections.abc import Callable, Mapping
+from typing import TypeVar, cast, get_args
 
 import attrs
 
 from lightrft.config import EngineConfig, ModelConfig, StrategyConfig, as_mapping
-from lightrft.errors import ConfigError, LightRFTError, nearest
-from lightrft.strategy.protocols import Capabilities, Capability
+from lightrft.errors import ConfigError, LightRFTError, MissingPackageError, UnsupportedError, nearest
+from lightrft.strategy.protocols import Capabilities, Capability, Engine
 from lightrft.strategy.record import Strategy
 from lightrft.strategy.registry import find_engine, registered_engines, registered_strategies
+from lightrft.testing.conformance.failure import describe_error
 from lightrft.testing.subject import Subject, SubjectKind, find_builder
 
 __all__ = ["claims_of", "kind_of_target", "target_words"]
+
+_Config = TypeVar("_Config")
+_Record = TypeVar("_Record")
 
 
 def kind_of_target(target: str) -> SubjectKind:
@@ -45,13 +49,47 @@ def claims_of(subject: Subject) -> Capabilities:
         subject: what is built for that; an engine is started on a small model, and closed.
 
     Raises:
-        LightRFTError: it says itself why it cannot be built.
-        Exception: whatever a strategy raises while it is built.
+        ConfigError: it cannot be built, or is no strategy or engine at all.
+        LightRFTError: it says itself why it cannot be built here.
     """
-    strategy = subject.build(subject.config)
-    if subject.kind == "strategy":
+    if subject.build_engine is None:
+        strategy = _built(subject, subject.build, subject.config, Strategy)
         return strategy.capabilities | find_engine(subject.engine.type)(subject.engine).capabilities
+    _built(subject, subject.build_engine, subject.engine, Engine)
+    strategy = subject.build(subject.config)
     return strategy.capabilities | _claims_of_engine(strategy, subject.engine)
+
+
+def _built(subject: Subject, build: Callable[[_Config], _Record], config: _Config, record: type[_Record]) -> _Record:
+    try:
+        built = build(config)
+    except (ConfigError, MissingPackageError, UnsupportedError):
+        raise
+    except (Exception, SystemExit) as error:  # a builder of the user's can raise anything
+        raise _unbuildable(subject, describe_error(error), config, record) from error
+    problem = _problem_of_record(built, record)
+    if problem:
+        raise _unbuildable(subject, problem, config, record)
+    return built
+
+
+def _problem_of_record(built: object, record: type) -> str:
+    """Return why a law could not even be asked about what was built; a missing function is told by the laws."""
+    # each of the two would be a record with many wrong fields of the other
+    is_other = isinstance(built, (Engine, Strategy)) and not isinstance(built, record)
+    if built is None or isinstance(built, type):
+        return f"it returned {built if built is None else f'the class {built.__name__}'}"
+    if is_other or not hasattr(built, "capabilities"):
+        return f"it returned an object of type {type(built).__name__}"
+    claims = cast("object", getattr(built, "capabilities"))  # noqa: B009 (not every record has it)
+    return "" if isinstance(claims, frozenset) else f"its capabilities are no frozenset but {claims!r}"
+
+
+def _unbuildable(subject: Subject, problem: str, config: object, record: type) -> ConfigError:
+    return ConfigError(
+        f"target={subject.name!r} cannot be built ({problem}); make it a function of one argument, "
+        f"{type(config).__name__}, that returns {'an' if record is Engine else 'a'} {record.__name__}."
+    )
 
 
 def _claims_of_engine(strategy: Strategy, config: EngineConfig) -> Capabilities:
@@ -111,7 +149,12 @@ def _kinds_of_key(key: str) -> set[SubjectKind]:
 
 
 def _kinds_of_builder(target: str) -> set[SubjectKind]:
-    signature = inspect.signature(find_builder(target, "strategy"))
+    try:
+        signature = inspect.signature(find_builder(target, "strategy"))
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        return set()  # functions of C have none
     written = [signature.return_annotation, *(parameter.annotation for parameter in signature.parameters.values())]
     names = {_last_name(annotation) for annotation in written}
     return _kinds(

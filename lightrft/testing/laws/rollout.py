@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 from torch import Tensor, nn
 
-from lightrft.errors import ConfigError, EngineStateError, LawError, WeightSyncError
+from lightrft.backends.collectives.streams import capture_streams
+from lightrft.errors import ConfigError, EngineStateError, LawError, LightRFTError, WeightSyncError
 from lightrft.strategy.protocols import Completion, EngineHandle, Prompt, SamplingParams, SyncReport
 from lightrft.strategy.record import Strategy
 from lightrft.testing.cases.policies import VOCABULARY, PolicyCase, build_policy, generate, policy_cases, policy_for
@@ -76,6 +77,11 @@ def _generate(rank: Rank, case: _Split) -> _Generated:
 def _generating(harness: Harness, case: _Split) -> None:
     seen = harness.run(_generate, case)
     model = build_policy(policy_for(harness.subject.engine, case.policy))
+
+    def again(seed: int) -> tuple[list[Completion], list[Completion]]:
+        redrawn = harness.run(_generate, attrs.evolve(case, sampling=attrs.evolve(case.sampling, seed=seed)))
+        return [each for made in redrawn for each in made.together], redrawn[0].alone
+
     starts = accumulate((len(share) for share in case.shares), initial=0)
     for share, start, made in zip(case.shares, starts, seen, strict=False):
         require_requests(made.together, share, case.sampling, version=0)
@@ -86,7 +92,13 @@ def _generating(harness: Harness, case: _Split) -> None:
         if case.sampling.temperature == 0:
             require_same_greedy(made.together, wanted, model)
         else:
-            require_same_draws(made.together, wanted, why="completions do not depend on the split over the ranks")
+            require_same_draws(
+                made.together,
+                wanted,
+                why="completions do not depend on the split over the ranks",
+                again=again,
+                seed=case.sampling.seed,
+            )
 
 
 @attrs.frozen(kw_only=True)
@@ -103,6 +115,7 @@ class _Sync:
     status: str
     weights: dict[str, Tensor]
     made: list[Completion]
+    changed: tuple[str, ...]  # of the modes of modules and the random streams
 
 
 def _trainings(world_size: int) -> SearchStrategy[_Training]:
@@ -135,14 +148,28 @@ def _loss(model: nn.Module) -> Tensor:
 
 
 def _sync(strategy: Strategy, engine: EngineHandle, actor: nn.Module) -> _Sync:
+    for number, module in enumerate(actor.modules()):
+        module.training = number % 2 == 0  # parts of a model that trains may be in evaluation mode for good
+    modes, streams = _modes(actor), capture_streams()
     report = strategy.update_engine_weights(engine, actor)
+    now = capture_streams()
+    kept = {
+        "the modes of modules": _modes(actor) == modes,
+        "torch's random stream": torch.equal(now.torch, streams.torch),
+        "Python's random stream": now.python == streams.python,
+    }
     return _Sync(
+        changed=tuple(name for name, is_kept in kept.items() if not is_kept),
         report=report,
         version=engine.weight_version,
         status=engine.status,
         weights={name: tensor.detach().clone() for name, tensor in strategy.named_tensors(actor)},
         made=generate(engine, _PROMPTS, _SAMPLING),
     )
+
+
+def _modes(actor: nn.Module) -> list[bool]:
+    return [module.training for module in actor.modules()]
 
 
 def _syncing(harness: Harness, case: _Training) -> None:
@@ -165,11 +192,15 @@ def _require_honest(sync: _Sync, number: int) -> None:
             f"sync {number} gave {report} and an engine {sync.status!r} with version {sync.version}; version, number "
             f"of tensors, bytes, and the engine's version and status must be {wanted}."
         )
+    if sync.changed:
+        raise LawError(f"update_engine_weights changed {' and '.join(sync.changed)} and must leave them as they are.")
     if not 0 <= report.max_logprob_difference < 1e-3:  # right engines are 100 times nearer in float32
         raise LawError(f"{report}: the difference of logprobs must be that of rounding.")
 
 
-_Plant = Literal["keeps_old", "loses_one", "breaks_off"]
+_Plant = Literal["keeps_old", "keeps_one", "spoils_one", "loses_one", "breaks_off"]
+
+_PLANTS: tuple[_Plant, ...] = ("keeps_old", "keeps_one", "spoils_one", "loses_one", "breaks_off")
 
 
 @attrs.frozen(kw_only=True)
@@ -194,11 +225,10 @@ class _Failures:
 
 def _failing(world_size: int) -> SearchStrategy[_Failing]:
     del world_size
-    plants: tuple[_Plant, ...] = ("keeps_old", "loses_one", "breaks_off")
     return st.builds(
         _Failing,
         policy=policy_cases(max_layers=1),
-        plants=st.permutations(plants).map(tuple),
+        plants=st.permutations(_PLANTS).map(tuple),
         victim=st.integers(0, 100),
     )
 
@@ -223,6 +253,21 @@ def _evened(case: PolicyCase) -> nn.Module:
     return model
 
 
+def _decisive(policy: PolicyCase) -> list[set[str]]:
+    """Return tensors without which all tokens are alike, each with the names that it has; no probe is fooled by one."""
+    found: list[set[str]] = []
+    for name in build_policy(policy).state_dict():
+        model = _sharpened(policy)
+        weights = model.state_dict()
+        names = {each for each, tensor in weights.items() if tensor.data_ptr() == weights[name].data_ptr()}
+        weights[name].zero_()
+        output = model(torch.arange(VOCABULARY)[None])
+        logits_BTV: Tensor = getattr(output, "logits", output)
+        if names not in found and logits_BTV.amax(-1).equal(logits_BTV.amin(-1)):
+            found.append(names)
+    return found
+
+
 def _fail_to_sync(rank: Rank, case: _Failing) -> _Failures:
     strategy = rank.build(rank.config)
     strategy.setup_distributed()
@@ -230,10 +275,12 @@ def _fail_to_sync(rank: Rank, case: _Failing) -> _Failures:
     actor = strategy.prepare(_sharpened(policy))
     old = _evened(policy)
     failed: list[_Failed] = []
+    decisive = _decisive(policy)
+    victims = decisive[case.victim % len(decisive)]
     with strategy.setup_inference_engine(rank.engine, actor=old) as engine:
         right = engine.engine
         for plant in case.plants:
-            _plant(engine, plant, old, case.victim)
+            _plant(engine, plant, old, victims)
             refused = refusal(strategy.update_engine_weights, engine, actor)
             engine.engine = right
             failed.append(
@@ -242,20 +289,30 @@ def _fail_to_sync(rank: Rank, case: _Failing) -> _Failures:
         return _Failures(failed=failed, mended=_sync(strategy, engine, actor) if engine.status == "torn" else None)
 
 
-def _plant(engine: EngineHandle, plant: _Plant, old: nn.Module, victim: int) -> None:
+def _plant(engine: EngineHandle, plant: _Plant, old: nn.Module, victims: set[str]) -> None:
     """Make the engine one that does not take all that it is given."""
     right, kept = engine.engine, dict(old.state_dict())
-    name = list(kept)[victim % len(kept)]
 
     def put(handle: EngineHandle, tensors: Iterable[tuple[str, Tensor]]) -> None:
         if plant == "keeps_old":
             right.put(handle, [(each, kept[each]) for each, _ in tensors])
         elif plant == "loses_one":
-            right.put(handle, [(each, tensor) for each, tensor in tensors if each != name])
+            right.put(handle, [(each, tensor) for each, tensor in tensors if each not in victims])
+        elif plant == "keeps_one":
+            right.put(handle, [(each, kept[each] if each in victims else tensor) for each, tensor in tensors])
+        elif plant == "spoils_one":
+            right.put(
+                handle,
+                [(each, torch.full_like(tensor, torch.nan) if each in victims else tensor) for each, tensor in tensors],
+            )
         else:
             raise InterruptedError("the engine broke off")
 
     engine.engine = attrs.evolve(right, put=put)
+
+
+# an engine may notice itself that its weights are not finite, and say so in its own way
+_ERRORS: dict[_Plant, type[Exception]] = {"breaks_off": InterruptedError, "spoils_one": LightRFTError}
 
 
 def _failing_sync(harness: Harness, case: _Failing) -> None:
@@ -264,7 +321,7 @@ def _failing_sync(harness: Harness, case: _Failing) -> None:
     for seen in harness.run(_fail_to_sync, case):
         for plant, failed in zip(case.plants, seen.failed, strict=True):
             of = f"update_engine_weights with an engine whose put {plant.replace('_', ' ')}"
-            require_refusal(failed.refused, InterruptedError if plant == "breaks_off" else WeightSyncError, of=of)
+            require_refusal(failed.refused, _ERRORS.get(plant, WeightSyncError), of=of)
             if failed.status != "torn":
                 raise LawError(f"after {of} the engine is {failed.status!r} and must be 'torn'.")
             require_refusal(failed.generate, EngineStateError, of=f"generate after {of}", naming=("torn",))
@@ -361,8 +418,8 @@ LAWS: tuple[Law, ...] = (
     ),
     Law(
         id="rollout.update",
-        statement="After update_engine_weights the engine's logprobs are the trainer's, and the report says what was "
-        "written.",
+        statement="After update_engine_weights the engine's logprobs are the trainer's, the report says what was "
+        "written, and the modes of modules and the random streams are what they were.",
         check=for_all(_trainings, _syncing),
     ),
     Law(

@@ -14,7 +14,7 @@ from lightrft.errors import CollectiveError, ConfigError
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.protocols.collectives import ReduceOp, TensorTree, World
 from lightrft.strategy.record import Strategy
-from lightrft.testing.mutants.mutant import Mutant, strategy_mutant
+from lightrft.testing.mutants.mutant import BreakStrategy, Mutant, strategy_mutant
 from lightrft.testing.replicated import build_simulated
 
 __all__ = ["MUTANTS"]
@@ -172,6 +172,55 @@ def _accepts_any_mean(strategy: Strategy, config: StrategyConfig) -> Strategy:
     return attrs.evolve(strategy, all_reduce=all_reduce)
 
 
+def _allows(op_allowed: ReduceOp) -> BreakStrategy:
+    """Return what plants a reduction that gives a value where its op has no meaning."""
+
+    def breaks(strategy: Strategy, config: StrategyConfig, /) -> Strategy:
+        del config
+
+        def all_reduce(data: _Tree, op: ReduceOp = "mean") -> _Tree:
+            try:
+                return strategy.all_reduce(data, op)
+            except ConfigError:
+                if op == op_allowed:
+                    return data
+                raise
+
+        return attrs.evolve(strategy, all_reduce=all_reduce)
+
+    return breaks
+
+
+def _keeps_the_graph(strategy: Strategy, config: StrategyConfig) -> Strategy:
+    del config
+
+    def attach(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.requires_grad_() if tensor.is_floating_point() else tensor
+
+    def needs_gradients(data: object) -> bool:
+        if isinstance(data, Mapping):
+            return any(needs_gradients(branch) for branch in cast("Mapping[str, object]", data).values())
+        return isinstance(data, torch.Tensor) and data.requires_grad
+
+    def all_gather(data: _Tree) -> _Tree:
+        result = strategy.all_gather(data)
+        return _mapped(attach, result) if needs_gradients(data) else result
+
+    return attrs.evolve(strategy, all_gather=all_gather)
+
+
+def _loses_nan(strategy: Strategy, config: StrategyConfig) -> Strategy:
+    del config
+
+    def replace(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+    def all_reduce(data: _Tree, op: ReduceOp = "mean") -> _Tree:
+        return strategy.all_reduce(_mapped(replace, data) if op == "max" else data, op)
+
+    return attrs.evolve(strategy, all_reduce=all_reduce)
+
+
 def _gathers_0d_as_0d(strategy: Strategy, config: StrategyConfig) -> Strategy:
     del config
 
@@ -317,6 +366,10 @@ MUTANTS: tuple[Mutant, ...] = (
     strategy_mutant("collectives.widened_dtype", "all_reduce returns halves as float32.", _widens_halves),
     strategy_mutant("collectives.empty", "all_reduce fails on a tensor without elements.", _fails_on_nothing),
     strategy_mutant("collectives.any_mean", "all_reduce gives a mean of whole numbers.", _accepts_any_mean),
+    strategy_mutant("collectives.sum_of_bools", "all_reduce gives a sum of bools.", _allows("sum")),
+    strategy_mutant("collectives.complex_order", "all_reduce gives the largest of complex numbers.", _allows("max")),
+    strategy_mutant("collectives.graph", "The result of all_gather requires gradients.", _keeps_the_graph),
+    strategy_mutant("collectives.nan", "max passes over NaN.", _loses_nan),
     strategy_mutant("collectives.gathered_scalar", "all_gather of one scalar is a scalar.", _gathers_0d_as_0d),
     strategy_mutant(
         "collectives.backwards",

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightrft.config import EngineConfig
 from lightrft.strategy.protocols import Completion, EngineHandle, Prompt, SamplingParams
 from lightrft.strategy.protocols.rollout import Engine, Generate
+from lightrft.testing.cases.policies import CONTEXT, VOCABULARY
 from lightrft.testing.mutants.engine_inside import serve, weights_inside
 from lightrft.testing.mutants.mutant import BreakEngine, Mutant, engine_mutant
 from lightrft.testing.reference.completions import trainer_logits
@@ -105,6 +106,18 @@ def _same_stream_for_all_prompts(
     right: Generate, handle: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams
 ) -> list[Completion]:
     return [completion for prompt in prompts for completion in right(handle, [prompt], sampling)]
+
+
+def _added_keys(
+    right: Generate, handle: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams
+) -> list[Completion]:
+    made: list[Completion] = []
+    for place, prompt in enumerate(prompts):
+        for sample in range(sampling.n):
+            seed = sampling.seed + place + sample
+            (each,) = right(handle, [prompt], attrs.evolve(sampling, n=1, seed=seed))
+            made.append(attrs.evolve(each, sample_index=sample))
+    return made
 
 
 def _padded(
@@ -236,6 +249,59 @@ def _no_top_p(prompts: Sequence[Prompt], sampling: SamplingParams) -> _Request:
     return list(prompts), attrs.evolve(sampling, top_p=1.0)
 
 
+def _top_p_alone(prompts: Sequence[Prompt], sampling: SamplingParams) -> _Request:
+    return list(prompts), attrs.evolve(sampling, top_k=0) if sampling.top_p < 1 else sampling
+
+
+def _known_tokens(prompts: Sequence[Prompt], sampling: SamplingParams) -> _Request:
+    known = [tuple(min(max(token, 0), VOCABULARY - 1) for token in prompt.token_ids) for prompt in prompts]
+    return [
+        attrs.evolve(prompt, token_ids=token_ids) for prompt, token_ids in zip(prompts, known, strict=True)
+    ], sampling
+
+
+def _known_stops(prompts: Sequence[Prompt], sampling: SamplingParams) -> _Request:
+    stops = tuple(token for token in sampling.stop_token_ids if 0 <= token < VOCABULARY)
+    return list(prompts), attrs.evolve(sampling, stop_token_ids=stops)
+
+
+def _lowered_minimum(prompts: Sequence[Prompt], sampling: SamplingParams) -> _Request:
+    lowered = min(sampling.min_new_tokens, sampling.max_new_tokens)
+    return list(prompts), attrs.evolve(sampling, min_new_tokens=lowered)
+
+
+def _cut_to_room(prompts: Sequence[Prompt], sampling: SamplingParams) -> _Request:
+    room = CONTEXT - max((len(prompt.token_ids) for prompt in prompts), default=0)
+    fitting = min(sampling.max_new_tokens, room) if room > 0 else sampling.max_new_tokens
+    return list(prompts), attrs.evolve(sampling, max_new_tokens=fitting)
+
+
+def _one_uniform(
+    right: Generate, handle: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams
+) -> list[Completion]:
+    """Draw the second of two tokens with a number that gives the first one."""
+    if sampling.max_new_tokens != 2 or not sampling.temperature or sampling.stop_token_ids:
+        return right(handle, prompts, sampling)
+    made = right(handle, prompts, attrs.evolve(sampling, max_new_tokens=1))
+    longer: list[Completion] = []
+    places = torch.rand(len(made), generator=torch.Generator().manual_seed(sampling.seed))
+    for each, logits_TV, place in zip(made, _logits_of_two(handle, made), places, strict=True):
+        first_V, second_V = torch.log_softmax(logits_TV / sampling.temperature, dim=-1)
+        (first,) = each.token_ids
+        uniform = first_V.exp()[: first + 1].sum() - first_V[first].exp() * place  # one that led to the first token
+        second = min(int((second_V.exp().cumsum(-1) < uniform).sum()), VOCABULARY - 1)
+        logprobs = (*each.logprobs, second_V[second].item())
+        longer.append(attrs.evolve(each, token_ids=(first, second), logprobs=logprobs))
+    return longer
+
+
+def _logits_of_two(handle: EngineHandle, made: list[Completion]) -> list[Tensor]:
+    # what follows a token is seen before it is known: any second token asks for the same logits
+    return trainer_logits(
+        weights_inside(handle).model, [attrs.evolve(each, token_ids=each.token_ids * 2) for each in made]
+    )
+
+
 def _no_minimum(prompts: Sequence[Prompt], sampling: SamplingParams) -> _Request:
     return list(prompts), attrs.evolve(sampling, min_new_tokens=0)
 
@@ -263,6 +329,12 @@ MUTANTS: tuple[Mutant, ...] = (
         "All prompts of a call draw from the same random stream.",
         _generating(_same_stream_for_all_prompts),
     ),
+    engine_mutant(
+        "engine.added_keys",
+        "A random stream is named by the sum of seed, prompt and sample.",
+        _generating(_added_keys),
+    ),
+    engine_mutant("engine.one_uniform", "Every token is drawn with the same number.", _generating(_one_uniform)),
     engine_mutant("engine.padded", "Prompts are padded on the left and the padding is seen.", _generating(_padded)),
     engine_mutant(
         "engine.after_stop", "What was generated after a stop token is kept.", _generating(_continued_after_stop)
@@ -288,6 +360,13 @@ MUTANTS: tuple[Mutant, ...] = (
     engine_mutant("engine.batch_seed", "Random streams depend on how much is in the call.", _asking(_seed_by_batch)),
     engine_mutant("engine.no_top_k", "top_k does nothing.", _asking(_no_top_k)),
     engine_mutant("engine.no_top_p", "top_p does nothing.", _asking(_no_top_p)),
+    engine_mutant("engine.top_p_alone", "top_k does nothing beside top_p.", _asking(_top_p_alone)),
+    engine_mutant("engine.known_tokens", "Unknown tokens of a prompt become known ones.", _asking(_known_tokens)),
+    engine_mutant("engine.known_stops", "Unknown stop tokens are dropped without a word.", _asking(_known_stops)),
+    engine_mutant(
+        "engine.lowered_minimum", "A min_new_tokens that is too large is lowered.", _asking(_lowered_minimum)
+    ),
+    engine_mutant("engine.cut_to_room", "max_new_tokens is lowered to what fits.", _asking(_cut_to_room)),
     engine_mutant("engine.no_minimum", "min_new_tokens does nothing.", _asking(_no_minimum)),
     engine_mutant("engine.colder", "The temperature divides twice, in the draws alone.", _generating(_colder_draws)),
 )

@@ -253,6 +253,16 @@ def _closed_once(engine: Engine, config: EngineConfig) -> Engine:
     return serve(attrs.evolve(engine, close=close))
 
 
+def _flushed_closed(engine: Engine, config: EngineConfig) -> Engine:
+    del config
+
+    def flush_cache(handle: EngineHandle) -> None:
+        if handle.status != "closed":
+            engine.flush_cache(handle)
+
+    return serve(attrs.evolve(engine, flush_cache=flush_cache))
+
+
 def _leaking(engine: Engine, config: EngineConfig) -> Engine:
     del config
 
@@ -297,6 +307,7 @@ MUTANTS: tuple[Mutant, ...] = (
     engine_mutant("engine.restarted_update", "A second begin starts the update anew.", _restarted_update),
     engine_mutant("engine.unclosed", "Close does nothing.", _unclosed),
     engine_mutant("engine.close_once", "Close is refused on a closed engine.", _closed_once),
+    engine_mutant("engine.flushed_closed", "A closed engine flushes its cache.", _flushed_closed),
     engine_mutant("engine.leaking", "A thread outlives the engine.", _leaking),
     engine_mutant("engine.nameless", "A refusal names neither the call nor the status.", _nameless),
 )

@@ -127,6 +127,47 @@ def _uncounted(strategy: Strategy, config: StrategyConfig) -> Strategy:
     return attrs.evolve(strategy, update_engine_weights=update_engine_weights)
 
 
+def _all_trained(strategy: Strategy, config: StrategyConfig) -> Strategy:
+    del config
+
+    def update_engine_weights(engine: EngineHandle, actor: nn.Module) -> SyncReport:
+        report = strategy.update_engine_weights(engine, actor)
+        actor.train()
+        return report
+
+    return attrs.evolve(strategy, update_engine_weights=update_engine_weights)
+
+
+def _drawing(strategy: Strategy, config: StrategyConfig) -> Strategy:
+    del config
+
+    def update_engine_weights(engine: EngineHandle, actor: nn.Module) -> SyncReport:
+        torch.rand(())
+        return strategy.update_engine_weights(engine, actor)
+
+    return attrs.evolve(strategy, update_engine_weights=update_engine_weights)
+
+
+def _nan_agrees(strategy: Strategy, config: StrategyConfig) -> Strategy:
+    del config
+
+    def update_engine_weights(engine: EngineHandle, actor: nn.Module) -> SyncReport:
+        try:
+            return strategy.update_engine_weights(engine, actor)
+        except WeightSyncError as error:
+            if "inf nats" not in str(error):
+                raise
+            num_tensors, num_bytes = transfer_weights(strategy.named_tensors(actor), engine)
+            return SyncReport(
+                weight_version=engine.weight_version,
+                num_tensors=num_tensors,
+                num_bytes=num_bytes,
+                max_logprob_difference=0.0,
+            )
+
+    return attrs.evolve(strategy, update_engine_weights=update_engine_weights)
+
+
 def _forgiven(strategy: Strategy, config: StrategyConfig) -> Strategy:
     del config
 
@@ -226,6 +267,9 @@ MUTANTS: tuple[Mutant, ...] = (
     strategy_mutant("rollout.unverified", "Nobody looks whether the weights arrived.", _unverified),
     strategy_mutant("rollout.first_weights", "A sync sends the weights of the start.", _of_first_weights),
     strategy_mutant("rollout.uncounted", "The report counts parameters and leaves out buffers and ties.", _uncounted),
+    strategy_mutant("rollout.all_trained", "A sync leaves every module in training mode.", _all_trained),
+    strategy_mutant("rollout.drawing", "A sync moves the random stream.", _drawing),
+    strategy_mutant("rollout.nan_agrees", "A probe that is not a number counts as agreement.", _nan_agrees),
     strategy_mutant("rollout.forgiven", "After a failed sync the engine is awake.", _forgiven),
     strategy_mutant("rollout.untorn", "After a sync that broke off the update stays open.", _untorn),
     strategy_mutant("rollout.always_asleep", "The engine sleeps whatever the config says.", _always_asleep),

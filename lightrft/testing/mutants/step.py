@@ -168,6 +168,11 @@ def _ignore_boundary(call: _Call, /) -> StepResult:
     return _stepped(attrs.evolve(call, is_boundary=None))
 
 
+def _count_exactly(call: _Call, /) -> StepResult:
+    is_beyond = _position(call.optimizer) + 1 > _micro_batches(call.config)
+    return _stepped(attrs.evolve(call, is_boundary=False) if call.is_boundary is None and is_beyond else call)
+
+
 def _schedule_every_time(call: _Call, /) -> StepResult:
     result = _stepped(call)
     if call.scheduler is not None and not result.stepped:
@@ -274,6 +279,27 @@ def _clip_by_rank(call: _Call, /) -> StepResult:
     return _stepped(call)
 
 
+def _scaled(call: _Call, *, factor: float = 1.0, added: float = 0.0) -> StepResult:
+    """Clip to the bound times a factor, with a number added to the norm; report the norm."""
+    if not _is_last(call):
+        return _stepped(call)
+    gradients, bound = _gradients(_trained(call.optimizer)), call.config.max_norm
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    if 0 < bound < norm < float("inf"):
+        for gradient in gradients:
+            gradient.mul_(factor * bound / (norm + added))
+        return attrs.evolve(_clipped_in_parts(call, []), grad_norm=norm)
+    return _stepped(call)
+
+
+def _clip_too_little(call: _Call, /) -> StepResult:
+    return _scaled(call, factor=1.01)
+
+
+def _clip_with_epsilon(call: _Call, /) -> StepResult:
+    return _scaled(call, added=1e-3)
+
+
 # gradients that are not finite
 
 
@@ -283,6 +309,13 @@ def _is_finite(call: _Call) -> bool:
 
 def _step_with_nan(call: _Call, /) -> StepResult:
     if _is_last(call) and not _is_finite(call):
+        call.optimizer.step()
+    return _stepped(call)
+
+
+def _look_at_first(call: _Call, /) -> StepResult:
+    gradients = _gradients(_trained(call.optimizer))
+    if _is_last(call) and bool(gradients[0].isfinite().all()) and not _is_finite(call):
         call.optimizer.step()
     return _stepped(call)
 
@@ -421,6 +454,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _step_mutant("every_micro_batch", "The optimizer steps at every micro-batch.", _step_every_time),
     _step_mutant("boundary_ignored", "is_boundary plays no part.", _ignore_boundary),
+    _step_mutant("counted_exactly", "A window that went on beyond the count never ends by it.", _count_exactly),
     _step_mutant("rate_every_micro_batch", "The rate moves at every micro-batch.", _schedule_every_time),
     _step_mutant("schedule_twice", "The schedule moves twice a step.", _schedule_twice),
     _step_mutant("gradients_kept", "Gradients stay after the step, and are in the next one.", _keep_gradients),
@@ -431,6 +465,8 @@ MUTANTS: tuple[Mutant, ...] = (
     _step_mutant("clip_by_group", "Each parameter group is clipped by itself.", _clip_by_group),
     _step_mutant("clip_by_parameter", "Each parameter is clipped by itself.", _clip_by_parameter),
     _step_mutant("clip_every_micro_batch", "What has accumulated is clipped at every micro-batch.", _clip_every_time),
+    _step_mutant("clip_too_little", "What is clipped is one percent beyond the bound.", _clip_too_little),
+    _step_mutant("clip_epsilon", "1e-3 is added to the norm that gradients are divided by.", _clip_with_epsilon),
     _step_mutant("no_bound_is_zero", "max_norm=0 multiplies gradients by 0.", _zero_at_no_bound),
     _step_mutant("no_norm_without_bound", "Without a bound the norm is reported as 0.", _clip_to_zero),
     _step_mutant("norm_after_clipping", "The reported norm is the one after clipping.", _report_clipped_norm),
@@ -442,6 +478,7 @@ MUTANTS: tuple[Mutant, ...] = (
         world_size=2,
     ),
     _step_mutant("nan_stepped", "A gradient that is NaN is stepped with, and then reported.", _step_with_nan),
+    _step_mutant("nan_in_first", "Only the first parameter's gradient is looked at for NaN.", _look_at_first),
     _step_mutant("nan_mended", "NaN is replaced by 0, and nobody hears of it.", _mend_nan),
     _step_mutant("schedule_when_skipped", "The schedule moves at a skipped step.", _schedule_when_skipped),
     _step_mutant("skipped_silently", "A skipped step does not say why.", _skip_silently),

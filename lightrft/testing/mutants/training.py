@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
@@ -16,6 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightrft.backends.training.dataloader import build_setup_dataloader
 from lightrft.backends.training.prepare import build_prepare, build_prepare_models_and_optimizers
+from lightrft.backends.training.single import build_training
+from lightrft.backends.training.window import mark_backward
 from lightrft.config import StrategyConfig
 from lightrft.strategy.protocols import MemoryReport, StepResult, Trainable
 from lightrft.strategy.record import Strategy
@@ -337,6 +340,23 @@ def _forget_state(strategy: Strategy, config: StrategyConfig, /) -> Strategy:
     return attrs.evolve(strategy, offload=offload)
 
 
+def _drop_gradients(strategy: Strategy, config: StrategyConfig, /) -> Strategy:
+    del config
+    inner = strategy.offload
+
+    def offload(*handles: nn.Module | Optimizer) -> None:
+        inner(*handles)
+        for handle in handles:
+            if isinstance(handle, nn.Module):
+                handle.zero_grad()
+
+    return attrs.evolve(strategy, offload=offload)
+
+
+def _place_alone(strategy: Strategy, config: StrategyConfig, /) -> Strategy:
+    return attrs.evolve(strategy, prepare=build_training(config).prepare)
+
+
 def _reload_rounded(strategy: Strategy, config: StrategyConfig, /) -> Strategy:
     del config
     inner = strategy.reload
@@ -378,6 +398,28 @@ def _pass_over_constants(strategy: Strategy, config: StrategyConfig, /) -> Strat
     def backward(loss: Tensor, model: nn.Module, optimizer: Optimizer, *, weight: float | None = None) -> None:
         if loss.requires_grad:
             inner(loss, model, optimizer, weight=weight)
+
+    return attrs.evolve(strategy, backward=backward)
+
+
+def _pass_over_weights(strategy: Strategy, config: StrategyConfig, /) -> Strategy:
+    del config
+    inner = strategy.backward
+
+    def backward(loss: Tensor, model: nn.Module, optimizer: Optimizer, *, weight: float | None = None) -> None:
+        if weight is None or math.isfinite(weight):
+            inner(loss, model, optimizer, weight=weight)
+
+    return attrs.evolve(strategy, backward=backward)
+
+
+def _mark_refused(strategy: Strategy, config: StrategyConfig, /) -> Strategy:
+    del config
+    inner = strategy.backward
+
+    def backward(loss: Tensor, model: nn.Module, optimizer: Optimizer, *, weight: float | None = None) -> None:
+        mark_backward(optimizer)
+        inner(loss, model, optimizer, weight=weight)
 
     return attrs.evolve(strategy, backward=backward)
 
@@ -430,10 +472,16 @@ MUTANTS: tuple[Mutant, ...] = (
     strategy_mutant("training.never_shuffled", "The order is never random.", _never_shuffle),
     strategy_mutant("training.last_kept", "A batch that is not full is not left out.", _keep_last),
     strategy_mutant("training.state_forgotten", "offload loses the optimizer's state.", _forget_state),
+    strategy_mutant("training.gradients_dropped", "offload loses what a window has accumulated.", _drop_gradients),
+    strategy_mutant(
+        "training.not_replicated", "Each rank keeps its own values.", _place_alone, of=build_simulated, world_size=2
+    ),
     strategy_mutant("training.reload_rounded", "reload rounds to bfloat16.", _reload_rounded),
     strategy_mutant("training.kibibytes", "Memory is reported in KiB.", _report_kibibytes),
     strategy_mutant("training.vector_loss", "A loss with a shape is accepted, and its mean taken.", _accept_vectors),
     strategy_mutant("training.constant_loss", "A loss without gradient is passed over.", _pass_over_constants),
+    strategy_mutant("training.weight_passed_over", "A weight of NaN is passed over.", _pass_over_weights),
+    strategy_mutant("training.refused_counts", "A refused backward is one that a step may follow.", _mark_refused),
     strategy_mutant("training.built_in_half", "Models are built in bfloat16.", _build_in_half),
     strategy_mutant("training.cast", "bf16=True casts parameters to bfloat16.", _cast),
     strategy_mutant("training.rounded", "bf16=True rounds parameters after every step.", _round_weights),

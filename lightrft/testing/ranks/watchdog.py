@@ -61,7 +61,7 @@ def watched(limit_seconds: float = LIMIT_SECONDS) -> Generator[None]:
 def _places(frame: FrameType | None) -> str:
     if not any(call.name == run_simulated.__name__ for call in traceback.extract_stack(frame)):
         return f"rank 0 is in {_place(frame)}"
-    frames = sys._current_frames()  # noqa: SLF001 (the documented way to see other threads)
+    frames = sys._current_frames()  # noqa: SLF001 (the documented way to see other threads)  # pyright: ignore[reportPrivateUsage]
     ranks = {
         thread.name.removeprefix("simulated-rank-"): frames.get(thread.ident or 0)
         for thread in threading.enumerate()  # the newest ones last, after those that an earlier program left behind

@@ -23,6 +23,9 @@ __all__ = ["BETAS", "Expected", "Step", "exact_run", "expected_run", "global_nor
 BETAS = (0.9, 0.95)
 """Betas of an optimizer that was asked for without any, as `CreateOptimizer` has them."""
 
+_TOLERANCE = 1e-5
+"""What losses and norms may be off by, beside the largest term of them."""
+
 _NUDGE = 1e-5
 """Size of the disturbance of gradients, beside the largest term of them; float32 rounds a hundred times finer."""
 
@@ -76,7 +79,7 @@ def expected_run(
     *,
     betas: tuple[float, float] = BETAS,
     rates: Sequence[float] | None = None,
-    relative: float = 1e-5,
+    relative: float = 2e-6,
 ) -> list[Expected]:
     """Return what the loop does at each window from the tensors that were seen before it, and what rounding may add.
 
@@ -93,14 +96,17 @@ def expected_run(
         seen: what a rank saw of the training.
         betas: of the optimizer.
         rates: learning rate of each step; None takes those of the case.
-        relative: what is allowed of the largest element of a tensor.
+        relative: what is allowed of the largest number that a tensor's step is made of; float32 rounds at 6e-8.
     """
     starts = [seen.before, *(window.tensors for window in seen.windows[:-1])]
     plain, up, down = (
         _run(case, create_optimizer, starts=starts, betas=betas, rates=rates, nudge=nudge)
         for nudge in (0.0, _NUDGE, -_NUDGE)
     )
-    return [_expected(*steps, relative=relative) for steps in zip(plain, up, down, strict=True)]
+    steps = zip(starts, rates_of(case) if rates is None else rates, plain, up, down, strict=True)
+    return [
+        _expected(step, others, before=before, rate=rate, relative=relative) for before, rate, step, *others in steps
+    ]
 
 
 def _run(
@@ -128,25 +134,30 @@ def _run(
     return steps
 
 
-def _expected(plain: Step, *disturbed: Step, relative: float) -> Expected:
+def _expected(
+    plain: Step, disturbed: Sequence[Step], *, before: Mapping[str, Tensor], rate: float, relative: float
+) -> Expected:
     largest = max(abs(loss) for losses in plain.losses for loss in losses)
     return Expected(
         step=plain,
         tolerances={
-            name: _tolerance(tensor, [step.tensors[name] for step in disturbed], relative)
+            name: 2 * _moved(tensor, [step.tensors[name] for step in disturbed])
+            # a step rounds like the weight and the move that it adds, also where these cancel to almost nothing
+            + relative * max(rate, _largest(before[name]), _largest(tensor))
             for name, tensor in plain.tensors.items()
         },
         # sums of terms of the size of 1 round by what these round, also where they cancel
-        loss_tolerance=relative * max(1.0, largest),
-        norm_tolerance=relative * max(1.0, plain.grad_norm),
+        loss_tolerance=_TOLERANCE * max(1.0, largest),
+        norm_tolerance=_TOLERANCE * max(1.0, plain.grad_norm),
     )
 
 
-def _tolerance(tensor: Tensor, disturbed: Sequence[Tensor], relative: float) -> Tensor:
-    if not tensor.numel():
-        return tensor.double()
-    moved = torch.stack([(other.double() - tensor.double()).abs() for other in disturbed]).amax(0)
-    return relative * tensor.double().abs().max() + 2 * moved
+def _moved(tensor: Tensor, disturbed: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(other.double() - tensor.double()).abs() for other in disturbed]).amax(0)
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.double().abs().max()) if tensor.numel() else 0.0
 
 
 def _backward(model: nn.Module, window: Window, case: RunCase) -> tuple[tuple[float, ...], ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import attrs
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,6 +36,38 @@ def test_tied_frozen_and_odd_are_what_the_case_says(case: ModelCase) -> None:
         "odd": model.odd.requires_grad,
     }
     assert asks == {part: part not in case.frozen for part in PARTS}
+
+
+@given(model_cases(exact=False))
+def test_buffers_follow_from_the_seed_and_are_never_zero(case: ModelCase) -> None:
+    """A buffer that was lost or not restored shows; logits see the offset, and its quarters are exact."""
+    model, other = build_model(case), build_model(attrs.evolve(case, seed=case.seed + 1))
+    buffers = dict(model.named_buffers())
+    assert {name: (one.dtype, one.shape) for name, one in buffers.items()} == {
+        "steps": (torch.int64, ()),
+        "offset": (torch.float32, (2,)),
+    }
+    assert buffers.keys() <= model.state_dict().keys()
+    assert all(bool((one != 0).all()) for one in buffers.values())
+    assert any(not torch.equal(one, buffers[name]) for name, one in other.named_buffers())
+    assert torch.equal((model.offset * 4).round(), model.offset * 4)
+    ids = torch.tensor([[0]])
+    before = model(ids)
+    model.offset.add_(0.25)
+    assert torch.allclose(model(ids), before + 0.5)
+
+
+@given(model_cases(exact=False), st.sampled_from([0, -1]))
+def test_a_broken_model_has_one_gradient_that_is_not_a_number(case: ModelCase, broken: int) -> None:
+    """The logits stay, and the gradient of one parameter alone is not finite."""
+    model, ids = build_model(case), torch.tensor([[0, 1]])
+    logits = model(ids, broken)
+    assert torch.equal(logits, model(ids))
+    (logits * torch.arange(case.vocabulary)).sum().backward()
+    gradients = [one.grad for one in model.parameters() if one.requires_grad and one.numel() and one.grad is not None]
+    is_finite = [bool(one.isfinite().all()) for one in gradients]
+    assert is_finite.count(False) == 1
+    assert not is_finite[broken]
 
 
 @given(model_cases(), st.lists(st.integers(0, 1), min_size=1, max_size=8), st.randoms())

@@ -15,7 +15,7 @@ from hypothesis.strategies import SearchStrategy
 from lightrft.config import EngineConfig
 from lightrft.errors import ConfigError, LawError, MissingPackageError
 from lightrft.strategy import ENGINES, STRATEGIES, Strategy, StrategyConfig
-from lightrft.strategy.protocols import CAPABILITIES, BuildStrategy, Capabilities, Engine
+from lightrft.strategy.protocols import CAPABILITIES, BuildStrategy, Capabilities, Engine, EngineHandle, EngineSource
 from lightrft.testing.conformance.hold import draw_settings, hold, hold_law, run_on
 from lightrft.testing.conformance.report import Finding
 from lightrft.testing.law import Harness, Law, Worlds, for_all
@@ -275,8 +275,9 @@ def test_a_law_can_be_held_alone() -> None:
     [
         ({"example": "{}"}, r"example='\{\}' is no .*Number"),
         ({"example": "{", "num_laws": 2}, "is of one law and 2 are chosen"),
-        ({"world_sizes": ()}, "are no numbers of ranks"),
-        ({"world_sizes": (0,)}, "are no numbers of ranks"),
+        ({"world_sizes": ()}, "holds nothing; give at least one"),
+        ({"world_sizes": (0,)}, "world_size=0 is no number of ranks"),
+        ({"seed": -1}, "seed=-1 is below 0"),
         ({"world_sizes": (2,), "ranks": "here"}, "ranks='here' is one rank"),
         ({"max_examples": 0}, "max_examples=0 looks at nothing"),
     ],
@@ -289,7 +290,7 @@ def test_wrong_settings_are_refused(arguments: dict[str, object], words: str) ->
 
 
 def test_a_subject_that_cannot_be_built_is_no_finding() -> None:
-    """What a builder of strategies raises is raised, because no law can say anything; so is an engine's own refusal."""
+    """No law can say anything, so that it is an error, and so is an engine's own refusal."""
 
     def build(config: StrategyConfig) -> Strategy:
         raise RuntimeError(config.lr_scheduler)
@@ -297,7 +298,7 @@ def test_a_subject_that_cannot_be_built_is_no_finding() -> None:
     def build_engine(config: EngineConfig) -> Engine:
         raise MissingPackageError(config.type)
 
-    with pytest.raises(RuntimeError, match="cosine"):
+    with pytest.raises(ConfigError, match=r"cannot be built \(RuntimeError: cosine\); make it a function of one arg"):
         hold(subject_of(build, "strategy"), [law()])
     with pytest.raises(MissingPackageError, match="subject"):
         hold(subject_of(build_engine, "engine"), [law()])
@@ -306,8 +307,11 @@ def test_a_subject_that_cannot_be_built_is_no_finding() -> None:
 def test_an_engine_that_breaks_while_it_starts_is_held_to_everything() -> None:
     """It cannot say what it claims, so no law is left out."""
 
+    def start(source: EngineSource) -> EngineHandle:
+        raise RuntimeError(str(source.tokenizer))
+
     def build_engine(config: EngineConfig) -> Engine:
-        raise RuntimeError(config.type)
+        return attrs.evolve(ENGINES["scripted"](config), start=start)
 
     (finding,) = hold(subject_of(build_engine, "engine"), [law(requires=frozenset({"images"}))]).findings
     assert finding.outcome == "broken"

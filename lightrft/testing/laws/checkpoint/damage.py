@@ -11,7 +11,8 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 from torch import nn
-from torch.optim.lr_scheduler import StepLR
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
 
 from lightrft.strategy.protocols import Checkpointable
 from lightrft.strategy.record import Strategy
@@ -223,19 +224,31 @@ _DIFFERENCES: Mapping[str, tuple[str, ...]] = {
     "extra optimizer": ("optimizer",),
     "missing schedule": ("schedul",),
     "extra schedule": ("schedul",),
+    "other schedule": ("the schedule", "T_max", "step_size", "StepLR", "CosineAnnealingLR"),
+    "AdamW for SGD": ("optimizer",),
+    "SGD for AdamW": ("optimizer",),
+    "ties": ("tied", "embedding.weight", "head.weight"),
     "name": ("actor", "model"),
 }
 """How what was saved differs from what it is loaded into, and of what texts the error must hold one."""
 
 
+_OPTIMIZERS: Mapping[str, tuple[type[SGD | AdamW], type[SGD | AdamW]]] = {
+    "AdamW for SGD": (AdamW, SGD),
+    "SGD for AdamW": (SGD, AdamW),
+}
+"""The optimizers of torch that were saved and that are loaded into."""
+
+
 @st.composite
 def _mismatch_case(draw: DrawFn) -> MismatchCase:
     run = draw(run_cases())
+    schedule: Literal["step", "cosine"] = draw(st.sampled_from(("step", "cosine")))
     return MismatchCase(
-        run=attrs.evolve(run, form="trainable", schedule="step", model=attrs.evolve(run.model, frozen=())),
+        run=attrs.evolve(run, form="trainable", schedule=schedule, model=attrs.evolve(run.model, frozen=())),
         before=draw(st.integers(0, 3)),
         after=draw(st.integers(1, 2)),
-        differences=tuple(draw(st.lists(st.sampled_from(sorted(_DIFFERENCES)), min_size=2, max_size=4, unique=True))),
+        differences=tuple(draw(st.lists(st.sampled_from(sorted(_DIFFERENCES)), min_size=4, max_size=5, unique=True))),
     )
 
 
@@ -251,8 +264,13 @@ def _mismatched(rank: Rank, case: MismatchCase) -> Refused:
         directory = rank.directory / difference.replace(" ", "-")
 
         def loads(live: Live) -> object:
-            strategy.save_ckpt(_other(strategy, case.run, difference), directory)
             only = live.trained["model"]
+            if difference in _OPTIMIZERS:
+                saved, live_kind = _OPTIMIZERS[difference]
+                model = strategy.prepare(build_model(attrs.evolve(case.run.model, seed=case.run.seed + 1)))
+                strategy.save_ckpt(model, directory, optimizer=saved(model.parameters(), lr=0.5))
+                return strategy.load_ckpt(only.model, directory, optimizer=live_kind(only.model.parameters(), lr=0.5))
+            strategy.save_ckpt(_other(strategy, case.run, difference), directory)
             if difference == "extra optimizer":
                 return strategy.load_ckpt(only.model, directory)
             if difference == "extra schedule":
@@ -266,7 +284,8 @@ def _mismatched(rank: Rank, case: MismatchCase) -> Refused:
 
 def _other(strategy: Strategy, run: RunCase, difference: str) -> Checkpointable:
     """Return what is saved: the run's like, but for one difference."""
-    model = build_model(attrs.evolve(run.model, seed=run.seed + 1))
+    tied = run.model.tied != (difference == "ties")
+    model = build_model(attrs.evolve(run.model, seed=run.seed + 1, tied=tied))
     if difference == "shape":
         model.odd = nn.Parameter(torch.zeros((*run.model.odd, 2)))
     elif difference == "dtype":
@@ -277,12 +296,18 @@ def _other(strategy: Strategy, run: RunCase, difference: str) -> Checkpointable:
         model.register_parameter("extra", nn.Parameter(torch.zeros(2)))
     elif difference == "parameter groups":
         model.middle.weight.requires_grad = False
-    optimizer = strategy.create_optimizer(model)
-    scheduler = None if difference == "missing schedule" else StepLR(optimizer, 1)
+    # with the run's own decay, because other groups of parameters would be a difference of their own
+    optimizer = strategy.create_optimizer(model, lr=0.5, weight_decay=0.25)
+    scheduler = None if difference == "missing schedule" else _schedule(optimizer, run, difference)
     trainable = strategy.prepare((model, optimizer, scheduler))
     if difference == "missing optimizer":
         return trainable.model
     return {"actor": trainable} if difference == "name" else trainable
+
+
+def _schedule(optimizer: Optimizer, run: RunCase, difference: str) -> LRScheduler:
+    is_step = (run.schedule == "step") != (difference == "other schedule")
+    return StepLR(optimizer, 1) if is_step else CosineAnnealingLR(optimizer, 7)
 
 
 def _mismatched_holds(harness: Harness, case: MismatchCase) -> None:

@@ -156,7 +156,9 @@ class ClientStateCase:
 
 
 _KEYS = st.text(st.characters(exclude_categories=["Cs"]), max_size=4) | st.sampled_from(["$int", "$float", "__class__"])
-_NUMBERS = st.integers() | st.integers(-(2**200), 2**200) | st.floats(allow_nan=False, allow_infinity=False)
+_EDGES = st.sampled_from([-0.0, 5e-324, -5e-324, 2.2250738585072009e-308, 0.1, 1.7976931348623157e308, 2**53 + 1])
+_FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+_NUMBERS = st.integers() | st.integers(-(2**200), 2**200) | _EDGES | _FLOATS
 _VALUES = st.recursive(
     st.none() | st.booleans() | _NUMBERS | _KEYS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=3),
@@ -191,8 +193,50 @@ def _client_state_holds(harness: Harness, case: ClientStateCase) -> None:
             raise LawError(f"rank {rank}: client_state came back as {seen} and must be {case.text}.")
 
 
+@attrs.frozen(kw_only=True)
+class NotFiniteCase:
+    """A float that is no finite number, as `float` reads it."""
+
+    text: str
+
+
+@attrs.frozen(kw_only=True)
+class SavedOrRefused:
+    """What came back from a checkpoint, or why nothing was written."""
+
+    text: str
+    refusal: Refusal | None
+
+
+def _not_finite_cases(world_size: int, /) -> SearchStrategy[NotFiniteCase]:
+    del world_size
+    return st.builds(NotFiniteCase, text=st.sampled_from(["nan", "inf", "-inf"]))
+
+
+def _not_finite(rank: Rank, case: NotFiniteCase) -> SavedOrRefused:
+    strategy = rank.build(rank.config)
+    strategy.setup_distributed()
+    model, directory = strategy.prepare(nn.Linear(1, 1)), rank.directory / "run"
+    state: dict[str, Json] = {"culprit": [float(case.text)]}
+    refusal = refusal_of(lambda: strategy.save_ckpt(model, directory, client_state=state))
+    text = "" if refusal is not None else _text(strategy.load_ckpt(model, directory).client_state)
+    return SavedOrRefused(text=text, refusal=refusal)
+
+
+def _not_finite_holds(harness: Harness, case: NotFiniteCase) -> None:
+    must = _text({"culprit": [float(case.text)]})
+    for rank, seen in enumerate(harness.run(_not_finite, case)):
+        what = f"rank {rank}: saving {case.text} as client_state"
+        if seen.refusal is not None:
+            require_refused(seen.refusal, what, kind="ConfigError", named=("culprit",))
+        elif seen.text != must:
+            raise LawError(f"{what} gave {seen.text}; it must be {must}, or a ConfigError.")
+
+
 _UNWRITABLE: Mapping[str, object] = {
     "set": {1},
+    "frozenset": frozenset({1}),
+    "tuple": (1, 2),
     "bytes": b"x",
     "complex": 1j,
     "object": object(),
@@ -269,6 +313,12 @@ LAWS: tuple[Law, ...] = (
         statement="Whatever JSON can hold comes back from a checkpoint as it was: any text, integers of any size, "
         "every bit of a float.",
         check=for_all(_client_state_cases, _client_state_holds),
+    ),
+    Law(
+        id="checkpoint.client_state_not_finite",
+        statement="NaN and infinities of client_state, which strict JSON lacks, come back as they were or are a "
+        "ConfigError that names their path.",
+        check=for_all(_not_finite_cases, _not_finite_holds),
     ),
     Law(
         id="checkpoint.client_state_refused",

@@ -28,18 +28,21 @@ from lightrft.testing.subject import Rank
 
 __all__ = ["LAWS"]
 
+_LINKED = 1
+"""Step of a checkpoint that stands elsewhere; it is older than all others."""
+
 
 @attrs.frozen(kw_only=True)
 class RetentionCase:
     """Checkpoints that are saved in turn, and how many stay.
 
     Attributes:
-        gaps: by how much each step is above the one before.
+        steps: their numbers; a run that was resumed from an old one saves older steps beside newer ones.
         max_num: what each save was told; None keeps all.
         foreign: names of what others left there.
     """
 
-    gaps: tuple[int, ...]
+    steps: tuple[int, ...]
     max_num: tuple[int | None, ...]
     foreign: tuple[str, ...]
 
@@ -51,7 +54,7 @@ class Retained:
     Attributes:
         kept: steps whose directories are there, after each save.
         each: what is loaded of the last of these, by step.
-        before: what others left there, a copy of a checkpoint with it.
+        before: what others left there, with a copy of a checkpoint and a link to one that stands elsewhere.
         after: the same at the end.
     """
 
@@ -64,8 +67,10 @@ class Retained:
 @st.composite
 def _retention_case(draw: DrawFn) -> RetentionCase:
     length = draw(st.integers(2, 5))
+    gaps = draw(st.lists(st.sampled_from([1, 4, 89]), min_size=length, max_size=length))
+    steps = [_LINKED + sum(gaps[: index + 1]) for index in range(length)]
     return RetentionCase(
-        gaps=tuple(draw(st.lists(st.sampled_from([1, 4, 89]), min_size=length, max_size=length))),
+        steps=tuple(draw(st.sampled_from([steps, steps[::-1]]) | st.permutations(steps))),
         max_num=tuple(draw(st.lists(st.sampled_from([1, 2, 2, 3, None]), min_size=length, max_size=length))),
         foreign=draw(foreign_names()),
     )
@@ -76,43 +81,46 @@ def _retention_cases(world_size: int, /) -> SearchStrategy[RetentionCase]:
     return _retention_case()
 
 
-def _steps_of(case: RetentionCase) -> list[int]:
-    return [sum(case.gaps[: index + 1]) for index in range(len(case.gaps))]
-
-
 def _retention(rank: Rank, case: RetentionCase) -> Retained:
     strategy, directory = started(rank), rank.directory / "run"
+    linked = strategy.save_ckpt(tiny(strategy, _LINKED), rank.directory / "elsewhere", step=_LINKED)
     paths: dict[int, Path] = {}
     kept: list[tuple[int, ...]] = []
     before: dict[str, str] = {}
-    for step, max_num in zip(_steps_of(case), case.max_num, strict=True):
+    for step, max_num in zip(case.steps, case.max_num, strict=True):
         saved = strategy.save_ckpt(tiny(strategy, step), directory, step=step, max_num=max_num)
         strategy.barrier()
         paths[step] = saved
-        kept.append(tuple(step for step, path in paths.items() if path.exists()))
+        kept.append(tuple(sorted(step for step, path in paths.items() if path.exists())))
         if len(kept) == 1:
             on_first_rank(rank, strategy, put_foreign, directory, case.foreign)
             on_first_rank(rank, strategy, shutil.copytree, saved, directory / "best")
-            before = _foreign_tree(directory, case)
+            on_first_rank(rank, strategy, (directory / linked.name).symlink_to, linked)
+            before = _foreign_tree(rank.directory, linked.name, case)
         on_first_rank(rank, strategy, turn_ages, [paths[step] for step in kept[-1]])
     each = tuple(loaded(strategy, directory, step=step) for step in kept[-1])
-    return Retained(kept=tuple(kept), each=each, before=before, after=_foreign_tree(directory, case))
+    return Retained(kept=tuple(kept), each=each, before=before, after=_foreign_tree(rank.directory, linked.name, case))
 
 
-def _foreign_tree(directory: Path, case: RetentionCase) -> dict[str, str]:
-    roots = ("best", *(name.split("/")[0] for name in case.foreign))
-    return {path: content for path, content in tree(directory).items() if path.split("/")[0] in roots}
+def _foreign_tree(directory: Path, link: str, case: RetentionCase) -> dict[str, str]:
+    roots = ("best", link, *(name.split("/")[0] for name in case.foreign))
+    beside = {path: content for path, content in tree(directory / "run").items() if path.split("/")[0] in roots}
+    return {**beside, **{f"../{path}": content for path, content in tree(directory / "elsewhere").items()}}
 
 
 def _retention_holds(harness: Harness, case: RetentionCase) -> None:
     must: list[int] = []
     expected: list[tuple[int, ...]] = []
-    for step, max_num in zip(_steps_of(case), case.max_num, strict=True):
-        must = [*must, step][-max_num if max_num is not None else 0 :]
+    for step, max_num in zip(case.steps, case.max_num, strict=True):
+        newest = sorted([*must, step])[-max_num if max_num is not None else 0 :]
+        must = sorted({*newest, step})  # whoever is handed a path finds it, also where newer steps stand beside it
         expected.append(tuple(must))
     for rank, seen in enumerate(harness.run(_retention, case)):
         if seen.kept != tuple(expected):
-            raise LawError(f"rank {rank}: with max_num={case.max_num} steps {seen.kept} stay; it must be {expected}.")
+            raise LawError(
+                f"rank {rank}: after saving {case.steps} with max_num={case.max_num} {seen.kept} stay; "
+                f"it must be {expected}."
+            )
         for step, one in zip(must, seen.each, strict=True):
             require_loaded(one, step, f"rank {rank}: loading step {step}, which stayed")
         if seen.before != seen.after:
@@ -126,7 +134,8 @@ def _changed(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
 LAWS: tuple[Law, ...] = (
     Law(
         id="checkpoint.retention",
-        statement="After each save exactly the newest max_num checkpoints stay, and whatever others left there.",
+        statement="After each save exactly the newest max_num checkpoints stay, the one just saved, and whatever "
+        "others left there, links to checkpoints with it.",
         check=for_all(_retention_cases, _retention_holds),
     ),
 )

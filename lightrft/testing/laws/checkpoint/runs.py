@@ -328,8 +328,9 @@ def _loss(model: nn.Module, batch_B: Tensor, vocabulary: int) -> Tensor:
 
 def _draws() -> tuple[float, ...]:
     numpy = sys.modules.get("numpy")
-    others = [] if numpy is None else [float(numpy.random.random())]
-    return (random.random(), float(torch.rand(())), *others)  # noqa: S311 (as above)
+    others = [] if numpy is None else [float(numpy.random.random()), float(numpy.random.normal())]
+    # normal ones are made in pairs, so the second of each pair is a part of the state
+    return (random.random(), random.gauss(), float(torch.rand(())), *others)  # noqa: S311 (as above)
 
 
 def _passed(live: Live) -> tuple[Checkpointable, Optimizer | None, LRScheduler | None]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 import attrs
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
-from lightrft.errors import CollectiveError, LawError
+from lightrft.errors import CollectiveError, ConfigError, LawError
 from lightrft.strategy.protocols.collectives import ReduceOp, TensorTree
 from lightrft.strategy.record import Strategy
 from lightrft.testing.law import Harness, Law, for_all
@@ -21,7 +21,20 @@ __all__ = ["LAWS"]
 
 Function: TypeAlias = Literal["all_reduce", "all_gather", "broadcast"]
 Difference: TypeAlias = Literal[
-    "skipped", "swapped", "extra", "ended", "other function", "key", "dtype", "shape", "number", "op", "src"
+    "skipped",
+    "swapped",
+    "extra",
+    "ended",
+    "other function",
+    "key",
+    "dtype",
+    "shape",
+    "number",
+    "op",
+    "src",
+    "unknown op",
+    "unknown src",
+    "bad leaf",
 ]
 
 _OTHER: dict[Function, Function] = {"all_reduce": "all_gather", "all_gather": "broadcast", "broadcast": "all_reduce"}
@@ -75,7 +88,7 @@ def _outcome(rank: Rank, case: DisagreementCase) -> Outcome:
         for step in steps:
             step()
             num_results += 1
-    except CollectiveError as error:
+    except (CollectiveError, ConfigError) as error:  # whoever passes nonsense alone may be told that
         return Outcome(num_results=num_results, message=str(error))
     return Outcome(num_results=num_results, message="")
 
@@ -108,9 +121,9 @@ def _call(strategy: Strategy, function: Function, case: DisagreementCase, *, is_
     if function == "all_gather":
         return strategy.all_gather(data)
     if function == "broadcast":
-        return strategy.broadcast(data, src=1 if difference == "src" else 0)
-    op: ReduceOp = "max" if difference == "op" else "sum"
-    return strategy.all_reduce(data, op)
+        return strategy.broadcast(data, src={"src": 1, "unknown src": 9}.get(difference or "", 0))
+    op = {"op": "max", "unknown op": "summ"}.get(difference or "", "sum")
+    return strategy.all_reduce(data, cast("ReduceOp", op))
 
 
 def _data(case: DisagreementCase, difference: Difference | None) -> dict[str, TensorTree]:
@@ -118,16 +131,24 @@ def _data(case: DisagreementCase, difference: Difference | None) -> dict[str, Te
     # two columns, because dim 0 is free in all_gather
     value = torch.ones((case.size, 3 if difference == "shape" else 2), dtype=dtype)
     key = f"{case.key}_other" if difference == "key" else case.key
-    return {"before": torch.ones(2), key: 1.0 if difference == "number" else value}
+    others: dict[str, TensorTree] = {"number": 1.0, "bad leaf": cast("TensorTree", "text")}
+    return {"before": torch.ones(2), key: others.get(difference or "", value)}
+
+
+_NONSENSE: tuple[Difference, ...] = ("unknown op", "unknown src", "bad leaf")
 
 
 @st.composite
 def _cases(draw: DrawFn, world_size: int) -> DisagreementCase:
     function: Function = draw(st.sampled_from(tuple(_OTHER)))
     differences: list[Difference] = [
-        "skipped", "swapped", "extra", "ended", "other function", "key", "dtype", "shape", "number",
+        "skipped", "swapped", "extra", "ended", "other function", "key", "dtype", "shape", "number", "bad leaf",
     ]  # fmt: skip
-    own: dict[Function, list[Difference]] = {"all_reduce": ["op"], "all_gather": [], "broadcast": ["src"]}
+    own: dict[Function, list[Difference]] = {
+        "all_reduce": ["op", "unknown op"],
+        "all_gather": [],
+        "broadcast": ["src", "unknown src"],
+    }
     return DisagreementCase(
         function=function,
         difference=draw(st.sampled_from([*own[function], *differences])),
@@ -147,6 +168,9 @@ def _is_told(harness: Harness, case: DisagreementCase) -> None:
         "number": [case.key],
         "op": ["max"],
         "src": ["src"],
+        "unknown op": ["summ"],
+        "unknown src": ["src"],
+        "bad leaf": [case.key],
         "other function": [_OTHER[case.function]],
         "ended": [case.function],
     }
@@ -161,7 +185,8 @@ def _is_told(harness: Harness, case: DisagreementCase) -> None:
                 f"{where}: rank {rank} got {outcome.num_results} results and the error {outcome.message!r}; every rank "
                 "must get a CollectiveError, and none a value."
             )
-        if not re.search(named, outcome.message) or not any(clue in outcome.message for clue in clues):
+        is_told = rank == case.odd and case.difference in _NONSENSE  # may be told before it meets the others
+        if not (is_told or re.search(named, outcome.message)) or not any(clue in outcome.message for clue in clues):
             raise LawError(
                 f"{where}: on rank {rank} the error is {outcome.message!r}, which must name the odd rank and {clues}."
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeAlias, cast
 
 import attrs
@@ -34,7 +34,14 @@ from lightrft.testing.subject import Rank
 
 __all__ = ["LAWS"]
 
-Mistake: TypeAlias = Literal["mean of whole numbers", "sum of bools", "unknown op", "gathered number", "unknown src"]
+Mistake: TypeAlias = Literal[
+    "mean of whole numbers",
+    "sum of bools",
+    "order of complex numbers",
+    "unknown op",
+    "gathered number",
+    "unknown src",
+]
 
 _WIDE = ("float64", "int64", "int64")  # drawn more often than others, because nobody's own computations use them
 _BOOLS = ("bool", "Python bool")
@@ -90,6 +97,13 @@ class MistakeCase:
     mistake: Mistake
     op: str
     src: int
+
+
+@attrs.frozen(kw_only=True)
+class MistakesCase:
+    """One call of every kind that has no meaning; each example tries all of them."""
+
+    mistakes: tuple[MistakeCase, ...]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -276,8 +290,13 @@ def _broadcasts(harness: Harness, case: BroadcastCase) -> None:
         _require(seen.again, wanted, f"on rank {rank} the broadcast of the result")
 
 
-def _seen_mistake(rank: Rank, case: MistakeCase) -> SeenMistake:
-    strategy, data = _started(rank), build_tree(case.tree, rank.rank)
+def _seen_mistakes(rank: Rank, case: MistakesCase) -> list[SeenMistake]:
+    strategy = _started(rank)
+    return [_seen_mistake(strategy, mistake, rank.rank) for mistake in case.mistakes]
+
+
+def _seen_mistake(strategy: Strategy, case: MistakeCase, rank: int) -> SeenMistake:
+    data = build_tree(case.tree, rank)
     message = ""
     try:
         if case.mistake == "gathered number":
@@ -291,23 +310,35 @@ def _seen_mistake(rank: Rank, case: MistakeCase) -> SeenMistake:
     return SeenMistake(message=message, inputs=see_tree(data), total=strategy.all_reduce(1, "sum"))
 
 
+_MISTAKES: Mapping[Mistake, tuple[Sequence[str], Sequence[str]]] = {
+    "mean of whole numbers": ((*INT_KINDS, *_BOOLS), ["mean"]),
+    "sum of bools": (_BOOLS, ["sum"]),
+    "order of complex numbers": (("float32",), ["max", "min"]),
+    "unknown op": (("float32",), ["maen", "summ", "mx", "avg", "MEAN", "minn"]),
+    "gathered number": (NUMBER_KINDS, [""]),
+    "unknown src": (("float32",), [""]),
+}
+"""Kinds of the bad leaf, and ops, of each mistake."""
+
+
 @st.composite
-def _mistakes(draw: DrawFn, world_size: int) -> MistakeCase:
-    mistakes: dict[Mistake, tuple[Sequence[str], Sequence[str]]] = {
-        "mean of whole numbers": ((*INT_KINDS, *_BOOLS), ["mean"]),
-        "sum of bools": (_BOOLS, ["sum"]),
-        "unknown op": (("float32",), ["maen", "summ", "mx", "avg", "MEAN", "minn"]),
-        "gathered number": (NUMBER_KINDS, [""]),
-        "unknown src": (("float32",), [""]),
-    }
-    mistake = draw(st.sampled_from(tuple(mistakes)))
-    kinds, ops = mistakes[mistake]
-    good = draw(tree_cases(kinds={"float32"}, max_leaves=2))
+def _mistakes(draw: DrawFn, world_size: int) -> MistakesCase:
+    good = draw(tree_cases(kinds={"float32"}, max_leaves=2))  # the same one beside all, because drawing is slow
+    return MistakesCase(mistakes=tuple(draw(_mistake(mistake, good, world_size)) for mistake in _MISTAKES))
+
+
+@st.composite
+def _mistake(draw: DrawFn, mistake: Mistake, good: TreeCase, world_size: int) -> MistakeCase:
+    kinds, ops = _MISTAKES[mistake]
     bad = draw(tree_cases(kinds=kinds, max_leaves=1).filter(_has_leaf))
     # the good leaves stand beside the bad one, whatever keys they had
     leaves = (
         *(attrs.evolve(leaf, path=("good", *leaf.path)) for leaf in good.leaves),
-        *(attrs.evolve(leaf, path=("bad", *leaf.path)) for leaf in bad.leaves if leaf.kind in kinds),
+        *(
+            attrs.evolve(leaf, path=("bad", *leaf.path), kind="complex64" if mistake in _COMPLEX else leaf.kind)
+            for leaf in bad.leaves
+            if leaf.kind in kinds
+        ),
     )
     src = draw(st.integers(-3, -1) | st.integers(world_size, world_size + 3))
     return MistakeCase(tree=TreeCase(leaves=leaves), mistake=mistake, op=draw(st.sampled_from(ops)), src=src)
@@ -317,23 +348,27 @@ def _has_leaf(case: TreeCase) -> bool:
     return any(leaf.kind in KINDS for leaf in case.leaves)
 
 
-def _refuses(harness: Harness, case: MistakeCase) -> None:
-    paths = ["".join(f"[{key!r}]" for key in leaf.path) for leaf in case.tree.leaves if leaf.path[0] == "bad"]
-    clues = {"unknown op": _ops_near(case.op), "unknown src": [str(case.src)]}.get(case.mistake, paths)
-    for rank, seen in enumerate(harness.run(_seen_mistake, case)):
-        where = f"{case.mistake} (op={case.op!r}, src={case.src}) on rank {rank}"
-        if not seen.message:
-            raise LawError(f"{where} must raise ConfigError, and a value was returned.")
-        if not any(clue in seen.message for clue in clues):
-            raise LawError(f"{where} raised {seen.message!r}, which must name one of {clues}.")
-        _require(seen.inputs, _wanted(case.tree, rank), f"{where}: the input afterwards")
-        if seen.total != harness.world_size:
-            raise LawError(f"{where}: a sum of ones over all ranks is then {seen.total}.")
+_COMPLEX: tuple[Mistake, ...] = ("order of complex numbers",)
 
 
-def _ops_near(op: str) -> list[str]:
-    near = {"maen": "mean", "summ": "sum", "mx": "max", "minn": "min"}
-    return [repr(near[op])] if op in near else ["mean"]  # without a near one, all are listed
+def _refuses(harness: Harness, case: MistakesCase) -> None:
+    for rank, mistakes in enumerate(harness.run(_seen_mistakes, case)):
+        for mistake, seen in zip(case.mistakes, mistakes, strict=True):
+            _require_mistake(seen, mistake, rank, harness.world_size)
+
+
+def _require_mistake(seen: SeenMistake, case: MistakeCase, rank: int, world_size: int) -> None:
+    # how an error writes it down is its own choice
+    clues = {"unknown op": case.op, "unknown src": str(case.src)}
+    clue = clues.get(case.mistake, "bad")
+    where = f"{case.mistake} (op={case.op!r}, src={case.src}) on rank {rank}"
+    if not seen.message:
+        raise LawError(f"{where} must raise ConfigError, and a value was returned.")
+    if clue not in seen.message:
+        raise LawError(f"{where} raised {seen.message!r}, which must name {clue!r}.")
+    _require(seen.inputs, _wanted(case.tree, rank), f"{where}: the input afterwards")
+    if seen.total != world_size:
+        raise LawError(f"{where}: a sum of ones over all ranks is then {seen.total}.")
 
 
 LAWS: tuple[Law, ...] = (

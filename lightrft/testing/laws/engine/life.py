@@ -157,6 +157,7 @@ def engine_machine(harness: Harness) -> type[RuleBasedStateMachine]:  # noqa: C9
             self.allows("commit", ("updating",), engine.commit, self.handle)
             self.allows("sleep", ("awake", "asleep"), engine.sleep, self.handle)
             self.allows("wake", ("asleep", "awake"), engine.wake, self.handle)
+            self.allows("flush_cache", ("awake", "asleep", "updating", "torn"), engine.flush_cache, self.handle)
 
         def allows(self, name: str, legal: tuple[str, ...], call: Callable[..., object], *args: object) -> bool:
             """Return whether the status allows a call; where it does not, make it, and see that it is refused."""

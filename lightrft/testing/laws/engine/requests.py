@@ -6,7 +6,7 @@ import attrs
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
-from lightrft.errors import DataError, LawError, UnsupportedError
+from lightrft.errors import ConfigError, DataError, LawError, UnsupportedError
 from lightrft.strategy.protocols import Completion, Prompt, SamplingParams
 from lightrft.testing.cases.policies import (
     CONTEXT,
@@ -38,17 +38,22 @@ class _Call:
     policy: PolicyCase
     prompts: tuple[tuple[int, ...], ...]
     sampling: SamplingParams
+    batch_size: int
 
 
 def _calls(world_size: int) -> SearchStrategy[_Call]:
     del world_size
     return st.builds(
-        _Call, policy=policy_cases(), prompts=prompt_cases(VOCABULARY), sampling=sampling_cases(VOCABULARY)
+        _Call,
+        policy=policy_cases(),
+        prompts=prompt_cases(VOCABULARY),
+        sampling=sampling_cases(VOCABULARY),
+        batch_size=st.sampled_from((1, 2, 3, 1024)),
     )
 
 
 def _generate(rank: Rank, case: _Call) -> list[Completion]:
-    with running(rank, build_policy(case.policy)) as handle:
+    with running(rank, build_policy(case.policy), batch_size=case.batch_size) as handle:
         return generate(handle, case.prompts, case.sampling)
 
 
@@ -70,6 +75,7 @@ class _TwoCalls:
     sampling: SamplingParams
     chosen: tuple[int, ...]  # places of the prompts of the second call
     num_chosen: int  # samples of each in the second call
+    batch_size: int
 
 
 @st.composite
@@ -90,11 +96,12 @@ def _pairs_of_calls(draw: DrawFn, world_size: int) -> _TwoCalls:
         sampling=sampling,
         chosen=tuple(draw(others)),
         num_chosen=draw(st.integers(1, sampling.n)),
+        batch_size=draw(st.integers(1, 3)),
     )
 
 
 def _generate_twice(rank: Rank, case: _TwoCalls) -> tuple[list[Completion], list[Completion]]:
-    with running(rank, build_policy(case.policy)) as handle:
+    with running(rank, build_policy(case.policy), batch_size=case.batch_size) as handle:
         whole = generate(handle, case.prompts, case.sampling)
         part = generate(
             handle, [case.prompts[place] for place in case.chosen], attrs.evolve(case.sampling, n=case.num_chosen)
@@ -105,13 +112,29 @@ def _generate_twice(rank: Rank, case: _TwoCalls) -> tuple[list[Completion], list
 def _batch_composition(harness: Harness, case: _TwoCalls) -> None:
     ((whole, part),) = harness.run(_generate_twice, case)
     require_requests(whole, case.prompts, case.sampling, version=0)
-    wanted = [whole[place * case.sampling.n + sample] for place in case.chosen for sample in range(case.num_chosen)]
     asked = attrs.evolve(case.sampling, n=case.num_chosen)
     require_requests(part, [case.prompts[place] for place in case.chosen], asked, version=0)
     if case.sampling.temperature == 0:
-        require_same_greedy(part, wanted, build_policy(case.policy))
-    else:
-        require_same_draws(part, wanted, why="a completion depends on its prompt and the numbers of prompt and sample")
+        require_same_greedy(part, _chosen(whole, case), build_policy(case.policy))
+        return
+
+    def again(seed: int) -> tuple[list[Completion], list[Completion]]:
+        ((whole, part),) = harness.run(
+            _generate_twice, attrs.evolve(case, sampling=attrs.evolve(case.sampling, seed=seed))
+        )
+        return part, _chosen(whole, case)
+
+    require_same_draws(
+        part,
+        _chosen(whole, case),
+        why="a completion depends on its prompt and the numbers of prompt and sample",
+        again=again,
+        seed=case.sampling.seed,
+    )
+
+
+def _chosen(whole: list[Completion], case: _TwoCalls) -> list[Completion]:
+    return [whole[place * case.sampling.n + sample] for place in case.chosen for sample in range(case.num_chosen)]
 
 
 @attrs.frozen(kw_only=True)
@@ -144,6 +167,12 @@ def _bad_calls(draw: DrawFn, world_size: int) -> _BadCalls:
 
 _SHORT = SamplingParams(temperature=0.0, max_new_tokens=2)
 
+_LIMITS = {
+    "stop_token_ids": SamplingParams(max_new_tokens=2, stop_token_ids=(1, VOCABULARY)),
+    "negative stop_token_ids": SamplingParams(max_new_tokens=2, stop_token_ids=(-1,)),
+    "min_new_tokens above max_new_tokens": SamplingParams(min_new_tokens=3, max_new_tokens=2, stop_token_ids=(1,)),
+}
+
 _CHOOSING = {
     "top_k": SamplingParams(top_k=2, max_new_tokens=2),
     "top_p": SamplingParams(top_p=0.5, max_new_tokens=2),
@@ -155,14 +184,23 @@ def _generate_badly(rank: Rank, case: _BadCalls) -> _Answers:
     faulty = {
         "empty": Prompt(token_ids=()),
         "long": Prompt(token_ids=(1,) * (CONTEXT + case.surplus)),
+        "token beyond the vocabulary": Prompt(token_ids=(*case.prompts[case.place], VOCABULARY)),
+        "negative token": Prompt(token_ids=(-1, *case.prompts[case.place])),
         "images": Prompt(token_ids=case.prompts[case.place], images=("image",)),
+    }
+    room = CONTEXT - max(len(prompt) for prompt in case.prompts)
+    lengths = {"max_new_tokens": room + 1, "fitting": room}
+    samplings = {
+        **_LIMITS,
+        **_CHOOSING,
+        **{fault: SamplingParams(temperature=0.0, max_new_tokens=length) for fault, length in lengths.items()},
     }
     with running(rank, build_policy(PolicyCase())) as handle:
         answers: list[_Answer] = []
-        for fault in (*faulty, *_CHOOSING):
+        for fault in (*faulty, *samplings):
             prompts = [Prompt(token_ids=prompt) for prompt in case.prompts]
             prompts[case.place] = faulty.get(fault, prompts[case.place])
-            refused = refusal(handle.engine.generate, handle, prompts, _CHOOSING.get(fault, _SHORT))
+            refused = refusal(handle.engine.generate, handle, prompts, samplings.get(fault, _SHORT))
             answers.append(
                 _Answer(
                     fault=fault,
@@ -178,8 +216,13 @@ def _refusals(harness: Harness, case: _BadCalls) -> None:
     (seen,) = harness.run(_generate_badly, case)
     for answer in seen.answers:
         of = f"generate with {answer.fault!r} at prompts[{case.place}]"
-        if answer.fault in {"empty", "long"}:
+        if answer.fault in {"empty", "long", "token beyond the vocabulary", "negative token"}:
             require_refusal(answer.refused, DataError, of=of, naming=(f"[{case.place}]",))
+        elif answer.fault in {*_LIMITS, "max_new_tokens"}:
+            _require_unmet(answer, seen.capabilities, of)
+        elif answer.fault == "fitting":
+            if answer.refused:
+                raise LawError(f"{of} raised {answer.refused}; prompt and max_new_tokens fit into the context.")
         elif ("images" if answer.fault == "images" else "sampling") not in seen.capabilities:
             require_refusal(answer.refused, UnsupportedError, of=of)
         elif answer.fault in _CHOOSING and answer.refused:
@@ -187,6 +230,14 @@ def _refusals(harness: Harness, case: _BadCalls) -> None:
         if answer.status != "awake":
             raise LawError(f"after {of} the engine is {answer.status!r} and must be 'awake'.")
         require_requests(answer.afterwards, case.prompts, _SHORT, version=0)
+
+
+def _require_unmet(answer: _Answer, capabilities: tuple[str, ...], of: str) -> None:
+    """Raise unless parameters that cannot be met were refused by their name."""
+    # an engine that draws no tokens may refuse min_new_tokens of any value
+    is_unknown = "sampling" not in capabilities and "min_new_tokens" in answer.fault
+    if not (is_unknown and answer.refused and UnsupportedError.__name__ in answer.refused.kinds):
+        require_refusal(answer.refused, ConfigError, of=of, naming=(answer.fault.removeprefix("negative ").split()[0],))
 
 
 LAWS: tuple[Law, ...] = (
@@ -211,8 +262,9 @@ LAWS: tuple[Law, ...] = (
     ),
     Law(
         id="engine.refusals",
-        statement="A prompt that is empty or too long is refused by its index, what the engine does not claim is "
-        "refused too, and after a refusal the engine works as before.",
+        statement="A prompt that is empty, too long or outside of the vocabulary is refused by its index, parameters "
+        "that cannot be met by their name, what the engine does not claim is refused too, and after a refusal the "
+        "engine works as before.",
         check=for_all(_bad_calls, _refusals),
         worlds="one",
     ),

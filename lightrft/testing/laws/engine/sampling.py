@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from itertools import combinations
 
 import attrs
 import torch
@@ -16,7 +17,15 @@ from torch import Tensor
 
 from lightrft.errors import LawError
 from lightrft.strategy.protocols import Completion, SamplingParams
-from lightrft.testing.cases.policies import VOCABULARY, PolicyCase, build_policy, generate, policy_cases, running
+from lightrft.testing.cases.policies import (
+    CONTEXT,
+    VOCABULARY,
+    PolicyCase,
+    build_policy,
+    generate,
+    policy_cases,
+    running,
+)
 from lightrft.testing.cases.prompts import prompt_cases, sampling_cases
 from lightrft.testing.law import Harness, Law, for_all
 from lightrft.testing.reference.completions import (
@@ -83,6 +92,7 @@ class _Seeds:
     prompt: tuple[int, ...]
     sampling: SamplingParams
     other_seed: int
+    batch_size: int
 
 
 @attrs.frozen(kw_only=True)
@@ -101,19 +111,26 @@ def _seeds(draw: DrawFn, world_size: int) -> _Seeds:
     return _Seeds(
         policy=draw(policy_cases()),
         prompt=prompt,
-        sampling=SamplingParams(temperature=draw(_TEMPERATURES), max_new_tokens=8, n=4, seed=seed),
+        # hot and long, so that equal completions are no chance
+        sampling=SamplingParams(
+            temperature=draw(st.floats(1.5, 4)),
+            max_new_tokens=CONTEXT - len(prompt),
+            n=draw(st.integers(2, 4)),
+            seed=seed,
+        ),
         other_seed=other_seed,
+        batch_size=draw(st.sampled_from((3, 1024))),
     )
 
 
 def _draw_by_seed(rank: Rank, case: _Seeds) -> _Draws:
     prompts = (case.prompt, case.prompt)
     model = build_policy(case.policy)
-    with running(rank, model) as handle:
+    with running(rank, model, batch_size=case.batch_size) as handle:
         first = generate(handle, prompts, case.sampling)
         other = generate(handle, prompts, attrs.evolve(case.sampling, seed=case.other_seed))
         again = generate(handle, prompts, case.sampling)
-    with running(rank, model) as handle:
+    with running(rank, model, batch_size=case.batch_size) as handle:
         fresh = generate(handle, prompts, case.sampling)
     return _Draws(first=first, again=again, other=other, fresh=fresh)
 
@@ -122,22 +139,31 @@ def _seed(harness: Harness, case: _Seeds) -> None:
     (draws,) = harness.run(_draw_by_seed, case)
     for made in (draws.first, draws.again, draws.other, draws.fresh):
         require_requests(made, (case.prompt, case.prompt), case.sampling, version=0)
-    require_same_draws(draws.again, draws.first, why="equal seeds give equal completions")
-    require_same_draws(draws.fresh, draws.first, why="equal seeds give equal completions on a fresh engine")
-    of_one, of_other = draws.first[: case.sampling.n], draws.first[case.sampling.n :]
-    _require_independent(draws.other, draws.first, what="two seeds")
-    _require_independent(of_other, of_one, what="two equal prompts of one call")
-    _require_independent(of_one[1:], of_one[:1] * (case.sampling.n - 1), what="the samples of one prompt")
+
+    def again(seed: int) -> tuple[list[Completion], list[Completion]]:
+        (drawn,) = harness.run(_draw_by_seed, attrs.evolve(case, sampling=attrs.evolve(case.sampling, seed=seed)))
+        return drawn.again + drawn.fresh, drawn.first * 2
+
+    require_same_draws(
+        draws.again + draws.fresh,
+        draws.first * 2,
+        why="equal seeds give equal completions, on a fresh engine too",
+        again=again,
+        seed=case.sampling.seed,
+    )
+    _require_independent(list(zip(draws.other, draws.first, strict=True)), what="two seeds")
+    _require_independent(list(combinations(draws.first, 2)), what="two samples, or two equal prompts, of one call")
 
 
-def _require_independent(made: list[Completion], others: list[Completion], *, what: str) -> None:
+def _require_independent(pairs: list[tuple[Completion, Completion]], *, what: str) -> None:
     """Raise if draws that share nothing are equal; the chance of that is the probability of the tokens themselves."""
-    surprise = -sum(sum(completion.logprobs) for completion in made)
-    if surprise > _NEVER and all(one.token_ids == other.token_ids for one, other in zip(made, others, strict=True)):
-        raise LawError(
-            f"{what} gave equal tokens, {[completion.token_ids for completion in made]}, which has a probability of "
-            f"exp(-{surprise:.0f}) if each sample has a random stream of its own."
-        )
+    for one, other in pairs:
+        surprise = -sum(one.logprobs)
+        if surprise > _NEVER and one.token_ids == other.token_ids:
+            raise LawError(
+                f"{what} gave equal tokens, {one.token_ids}, which has a probability of exp(-{surprise:.0f}) if each "
+                "has a random stream of its own."
+            )
 
 
 @attrs.frozen(kw_only=True)
@@ -148,11 +174,11 @@ class _Frequencies:
 
 
 @st.composite
-def _one_token_calls(draw: DrawFn, world_size: int) -> _Frequencies:
+def _two_token_calls(draw: DrawFn, world_size: int) -> _Frequencies:
     del world_size
     (prompt,) = draw(prompt_cases(VOCABULARY, min_prompts=1, max_prompts=1))
     plain = SamplingParams(
-        temperature=draw(_TEMPERATURES), max_new_tokens=1, n=_NUM_DRAWS, seed=draw(st.integers(0, 2**31 - 1))
+        temperature=draw(_TEMPERATURES), max_new_tokens=2, n=_NUM_DRAWS, seed=draw(st.integers(0, 2**31 - 1))
     )
     chosen = attrs.evolve(plain, n=_NUM_DRAWS_CHOSEN)
     stops = draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=VOCABULARY // 2, unique=True))
@@ -163,7 +189,8 @@ def _one_token_calls(draw: DrawFn, world_size: int) -> _Frequencies:
             plain,
             attrs.evolve(chosen, top_k=draw(st.integers(1, VOCABULARY + 1))),
             attrs.evolve(chosen, top_p=draw(st.floats(0.1, 0.95))),
-            attrs.evolve(chosen, min_new_tokens=1, stop_token_ids=tuple(stops)),
+            attrs.evolve(chosen, top_k=draw(st.integers(2, 6)), top_p=draw(st.floats(0.3, 0.95))),
+            attrs.evolve(chosen, min_new_tokens=draw(st.integers(1, 2)), stop_token_ids=tuple(stops)),
         ),
     )
 
@@ -178,22 +205,36 @@ def _distribution(harness: Harness, case: _Frequencies) -> None:
     model = build_policy(case.policy)
     for made, sampling in zip(drawn, case.samplings, strict=True):
         require_requests(made, [case.prompt], sampling, version=0)
-        by_token = {completion.token_ids[0]: completion for completion in made}
-        require_logprobs(list(by_token.values()), model, temperature=sampling.temperature)
-        (logits_TV,) = trainer_logits(model, made[:1])
-        _require_frequencies(Counter(completion.token_ids[0] for completion in made), logits_TV[0], sampling)
+        by_tokens = {completion.token_ids: completion for completion in made}
+        require_logprobs(list(by_tokens.values()), model, temperature=sampling.temperature)
+        by_first = {token_ids[0]: by_tokens[token_ids] for token_ids in sorted(by_tokens)}  # the longest of each
+        logits = dict(zip(by_first, trainer_logits(model, list(by_first.values())), strict=True))
+        _require_frequencies(
+            [completion.token_ids[0] for completion in made], logits[made[0].token_ids[0]][0], sampling
+        )
+        later = attrs.evolve(sampling, min_new_tokens=max(sampling.min_new_tokens - 1, 0))
+        for first, logits_TV in logits.items():
+            # given the first token, the second ones are draws that share nothing with it
+            seconds = [token_ids[1] for token_ids in _token_ids(made) if token_ids[0] == first and len(token_ids) > 1]
+            if seconds:
+                _require_frequencies(seconds, logits_TV[1], later, after=f" after {first}")
 
 
-def _require_frequencies(counts: Counter[int], logits_V: Tensor, sampling: SamplingParams) -> None:
+def _token_ids(made: list[Completion]) -> list[tuple[int, ...]]:
+    return [completion.token_ids for completion in made]
+
+
+def _require_frequencies(tokens: list[int], logits_V: Tensor, sampling: SamplingParams, *, after: str = "") -> None:
+    counts, num_draws = Counter(tokens), len(tokens)
     shares_V = _wanted_shares(logits_V, sampling)
     for token, share in enumerate(shares_V.tolist() if shares_V is not None else ()):
         if share == 0 and counts[token]:
-            raise LawError(f"token {token} was drawn {counts[token]} times and {sampling} leaves it out.")
-        mean, deviation = sampling.n * share, _deviation(sampling.n, share)
+            raise LawError(f"token {token}{after} was drawn {counts[token]} times and {sampling} leaves it out.")
+        mean, deviation = num_draws * share, _deviation(num_draws, share)
         if abs(counts[token] - mean) > deviation:
             raise LawError(
-                f"token {token} has a probability of {share:.4f} and was drawn {counts[token]} times of {sampling.n}; "
-                f"it must be {mean:.0f} times, give or take {deviation:.0f}; {sampling}."
+                f"token {token}{after} has a probability of {share:.4f} and was drawn {counts[token]} times of "
+                f"{num_draws}; it must be {mean:.0f} times, give or take {deviation:.0f}; {sampling}."
             )
 
 
@@ -204,8 +245,11 @@ def _wanted_shares(logits_V: Tensor, sampling: SamplingParams) -> Tensor | None:
         allowed_V[list(sampling.stop_token_ids)] = float("-inf")
     sorted_V, ids_V = torch.softmax(allowed_V / sampling.temperature, dim=-1).sort(descending=True)
     num_kept = min(sampling.top_k, VOCABULARY) or VOCABULARY
-    before_V = sorted_V.cumsum(-1) - sorted_V
+    if num_kept < VOCABULARY and sorted_V[num_kept - 1] - sorted_V[num_kept] < _BORDER * sorted_V[num_kept]:
+        return None
     if sampling.top_p < 1:
+        shares_V = sorted_V[:num_kept] / sorted_V[:num_kept].sum()  # of what top-k leaves
+        before_V = shares_V.cumsum(-1) - shares_V
         num_kept = int((before_V < sampling.top_p).sum())
         if ((before_V - sampling.top_p).abs() < _BORDER).any():
             return None
@@ -247,10 +291,10 @@ LAWS: tuple[Law, ...] = (
     ),
     Law(
         id="engine.sampling_distribution",
-        statement="Tokens are drawn with the trainer's own probabilities, and none that top_k, top_p or min_new_tokens "
-        "leave out.",
+        statement="Tokens are drawn with the trainer's own probabilities, each given those before it, and none that "
+        "top_k, top_p or min_new_tokens leave out.",
         requires=frozenset({"sampling"}),
-        check=for_all(_one_token_calls, _distribution),
+        check=for_all(_two_token_calls, _distribution),
         worlds="one",
     ),
 )

@@ -26,6 +26,7 @@ from lightrft.testing.reference.completions import (
     require_refusal,
     require_requests,
     require_same_draws,
+    require_same_greedy,
 )
 from lightrft.testing.subject import Rank
 
@@ -287,8 +288,23 @@ def _sleep_wake(harness: Harness, case: _Naps) -> None:
         require_refusal(answer, EngineStateError, of="generate on an engine asleep", naming=("generate", "asleep"))
     require_requests(seen.before, case.prompts, case.sampling, version=0)
     require_requests(seen.after, case.prompts, case.sampling, version=0)
-    require_same_draws(seen.after, seen.before, why="sleep, wake, generate equals generate")
-    require_logprobs(seen.after, build_policy(case.policy), temperature=case.sampling.temperature)
+    model = build_policy(case.policy)
+    if case.sampling.temperature == 0:
+        require_same_greedy(seen.after, seen.before, model)
+    else:
+
+        def again(seed: int) -> tuple[list[Completion], list[Completion]]:
+            (rested,) = harness.run(_rest, attrs.evolve(case, sampling=attrs.evolve(case.sampling, seed=seed)))
+            return rested.after, rested.before
+
+        require_same_draws(
+            seen.after,
+            seen.before,
+            why="sleep, wake, generate equals generate",
+            again=again,
+            seed=case.sampling.seed,
+        )
+    require_logprobs(seen.after, model, temperature=case.sampling.temperature)
 
 
 _Ending = Literal["awake", "asleep", "updating", "torn"]
@@ -306,6 +322,7 @@ class _Ended:
     status: str
     closes: list[Refusal | None]
     refused: Refusal | None
+    flushed: Refusal | None
     left_over: list[str]
 
 
@@ -329,6 +346,7 @@ def _end(rank: Rank, case: _End) -> _Ended:
         status=handle.status,
         closes=closes,
         refused=refusal(generate, handle, _PROMPTS, _SAMPLING),
+        flushed=refusal(handle.engine.flush_cache, handle),
         left_over=sorted(_resources() - held),
     )
 
@@ -365,6 +383,9 @@ def _closing(harness: Harness, case: _End) -> None:
         if refused:
             raise LawError(f"close on a closed engine raised {refused} and must do nothing.")
     require_refusal(seen.refused, EngineStateError, of="generate on a closed engine", naming=("generate", "closed"))
+    require_refusal(
+        seen.flushed, EngineStateError, of="flush_cache on a closed engine", naming=("flush_cache", "closed")
+    )
     if seen.left_over:
         raise LawError(f"closing left {', '.join(seen.left_over)} and must free everything.")
 
@@ -386,7 +407,7 @@ LAWS: tuple[Law, ...] = (
     Law(
         id="engine.close",
         statement="Closing, in any status and after an exception too, frees processes, threads and shared memory, and "
-        "the engine refuses to generate.",
+        "the engine refuses to generate and to flush its cache.",
         check=for_all(_ends, _closing),
         worlds="one",
     ),

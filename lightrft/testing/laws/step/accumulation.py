@@ -15,9 +15,17 @@ from lightrft.testing.cases.batches import (
     uneven_windows,
 )
 from lightrft.testing.cases.models import model_cases
-from lightrft.testing.cases.runs import RunCase, constant_gradient_models, create_optimizer_of, run_cases, train
+from lightrft.testing.cases.runs import (
+    RunCase,
+    RunEvidence,
+    constant_gradient_models,
+    create_optimizer_of,
+    run_cases,
+    train,
+)
 from lightrft.testing.law import Harness, Law, for_all
 from lightrft.testing.reference.comparison import require_close_run, require_exact_run, require_same
+from lightrft.testing.subject import Rank
 
 __all__ = ["LAWS"]
 
@@ -96,8 +104,13 @@ def _replicated(world_size: int) -> SearchStrategy[RunCase]:
     return run_cases(world_size=world_size, exact=False, max_norms=(0.0, 0.5))
 
 
+def _train_apart(rank: Rank, case: RunCase) -> RunEvidence:
+    # every rank comes with other values, which must not survive
+    return train(rank, attrs.evolve(case, model=attrs.evolve(case.model, seed=case.model.seed + rank.rank)))
+
+
 def _replicas_hold(harness: Harness, case: RunCase) -> None:
-    first, *others = harness.run(train, case)
+    first, *others = harness.run(_train_apart, case)
     for rank, evidence in enumerate(others, start=1):
         require_same(evidence.before, first.before, f"rank {rank} beside rank 0, prepared")
         for number, (seen, must) in enumerate(zip(evidence.windows, first.windows, strict=True), start=1):
@@ -123,7 +136,7 @@ LAWS: tuple[Law, ...] = (
     ),
     Law(
         id="step.replicas",
-        statement="After every step all ranks have the same parameters, bit for bit.",
+        statement="Once prepared, and after every step, all ranks have the same parameters and buffers, bit for bit.",
         check=for_all(_replicated, _replicas_hold),
         worlds="several",
     ),

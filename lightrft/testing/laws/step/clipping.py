@@ -17,13 +17,22 @@ from lightrft.testing.reference.training import exact_run
 
 __all__ = ["LAWS"]
 
+_SMALL, _FIRST = 2.0**-5, 2.0**-2  # exact factors
+
 
 @attrs.frozen(kw_only=True)
 class _ClippedCase:
-    """A training, and its bound beside the norm of its first gradient; 0 means no bound."""
+    """A training, and its bound.
+
+    Attributes:
+        run: the training.
+        bound: beside the norm of the first gradient; 0 means no bound.
+        is_between: whether the bound is between the norm of the first gradient and the largest one instead.
+    """
 
     run: RunCase
     bound: float
+    is_between: bool
 
 
 @st.composite
@@ -37,13 +46,38 @@ def _clipped_cases(draw: DrawFn, world_size: int) -> _ClippedCase:
         micro_batches=(1, 2),
         weight_decays=(0.25, 0.0, 0.25),
     )
-    return _ClippedCase(run=draw(cases), bound=draw(st.sampled_from([0.25, 0.0, 0.5, 0.25, 2.0, 8.0])))
+    run, is_between = draw(cases), draw(st.booleans())
+    return _ClippedCase(
+        run=_growing(run) if is_between else run,
+        bound=draw(st.sampled_from([0.25, 0.0, 0.5, 0.25, 2.0, 8.0])),
+        is_between=is_between,
+    )
+
+
+def _growing(case: RunCase) -> RunCase:
+    # optimizers forget the size of gradients of which each is clipped, so the first one is not; all of them are
+    # small, so that what is wrongly added to a norm shows
+    windows = [_weighted(window, _SMALL * (1 if number else _FIRST)) for number, window in enumerate(case.windows)]
+    return attrs.evolve(case, windows=tuple(windows))
+
+
+def _weighted(window: Window, factor: float) -> Window:
+    weight = factor / sum(map(len, window.ranks))
+    ranks = tuple(tuple(attrs.evolve(batch, weight=weight) for batch in batches) for batches in window.ranks)
+    return Window(ranks=ranks)
+
+
+def _bound(case: _ClippedCase, norms: list[float]) -> float:
+    first, largest = norms[0], max(norms)
+    if case.is_between and 0 < first < largest:
+        return math.sqrt(first * largest)
+    return case.bound * first
 
 
 def _clipping_holds(harness: Harness, case: _ClippedCase) -> None:
     create_optimizer = create_optimizer_of(harness, case.run)
     norms = [step.grad_norm for step in exact_run(case.run, create_optimizer)]
-    run = attrs.evolve(case.run, max_norm=case.bound * norms[0])
+    run = attrs.evolve(case.run, max_norm=_bound(case, norms))
     seen = harness.run(train, run)
     require_close_run(seen, run, create_optimizer)
     _require_one_norm(seen)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightrft.errors import LawError, StepError
 from lightrft.strategy.protocols import StepResult, Trainable
 from lightrft.strategy.record import Strategy
-from lightrft.testing.cases.batches import equal_windows, is_power_of_two
+from lightrft.testing.cases.batches import Window, equal_windows, is_power_of_two
 from lightrft.testing.cases.runs import (
     RunCase,
     RunEvidence,
@@ -31,10 +31,17 @@ __all__ = ["LAWS"]
 
 @attrs.frozen(kw_only=True)
 class _WatchedCase:
-    """A training, and whether each micro-batch begins with a call of `optimizer_step` that has no gradient."""
+    """A training, and how its windows are passed through.
+
+    Attributes:
+        run: the training.
+        is_early: whether each micro-batch begins with a call of `optimizer_step` that has no gradient.
+        ends_by_count: whether windows that are said to go on, as long as a counted one or longer, end by the count.
+    """
 
     run: RunCase
     is_early: tuple[bool, ...]
+    ends_by_count: bool
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -62,8 +69,8 @@ class _WatchedRun:
 
 @st.composite
 def _watched_cases(draw: DrawFn, world_size: int) -> _WatchedCase:
-    model, counted = draw(constant_gradient_models()), draw(st.sampled_from([1, 2, 4]))
-    lengths = draw(st.lists(st.none() | st.sampled_from([1, 2, 4]), min_size=1, max_size=3))
+    model, counted = draw(constant_gradient_models()), draw(st.sampled_from([1, 2, 1, 4]))
+    lengths = draw(st.lists(st.sampled_from([None, 4, 2, None, 1]), min_size=1, max_size=3))
     windows = tuple(
         draw(
             equal_windows(
@@ -85,6 +92,7 @@ def _watched_cases(draw: DrawFn, world_size: int) -> _WatchedCase:
             windows=windows,
         ),
         is_early=tuple(draw(st.lists(st.booleans(), min_size=4, max_size=4))),
+        ends_by_count=draw(st.booleans()),
     )
 
 
@@ -117,7 +125,7 @@ def _watched(strategy: Strategy, trainable: Trainable, case: _WatchedCase, *, nu
             note("an optimizer_step without backward")
         losses.append(forward_backward(strategy, trainable, batch, case.run.loss))
         note(f"backward {place} of {len(batches)}")
-        is_boundary = None if window.is_counted else place == len(batches)
+        is_boundary = _is_boundary(case, window, place, len(batches))
         results.append(
             strategy.optimizer_step(trainable.optimizer, trainable.model, trainable.scheduler, is_boundary=is_boundary)
         )
@@ -126,6 +134,13 @@ def _watched(strategy: Strategy, trainable: Trainable, case: _WatchedCase, *, nu
     return _WatchedWindow(
         seen=WindowEvidence(losses=losses, results=results, tensors=last.tensors), moments=inside, early=early
     )
+
+
+def _is_boundary(case: _WatchedCase, window: Window, place: int, number: int) -> bool | None:
+    is_last = place == number
+    if window.is_counted or (is_last and case.ends_by_count and number >= case.run.micro_batches):
+        return None
+    return is_last
 
 
 def _called_early(strategy: Strategy, trainable: Trainable) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, TypeAlias
 
 import attrs
@@ -83,7 +84,8 @@ def _prepared_cases(draw: DrawFn, world_size: int) -> _PreparedCase:
 def _prepare(rank: Rank, case: _PreparedCase) -> _PreparedEvidence:
     strategy = rank.build(rank.config)
     strategy.setup_distributed()
-    models = [build_model(model) for model in case.models]
+    # every rank may come with other values; those of the first one count
+    models = [build_model(attrs.evolve(model, seed=model.seed + rank.rank)) for model in case.models]
     given = [
         (model, strategy.create_optimizer(model), None) if is_trained else model
         for model, is_trained in zip(models, case.is_trained, strict=True)
@@ -332,19 +334,28 @@ def _train_refused(rank: Rank, case: RunCase) -> _RefusedEvidence:
         steps: list[tuple[float, StepResult]] = []
         for step in train_window(strategy, trainable, window, rank.rank, case.loss):
             logits_BTV = model(input_ids_of(samples_of(window)))
+            mean = logits_BTV.mean()
             evidence.refused.append(_backward_refused(strategy, trainable, logits_BTV.mean((1, 2))))
-            evidence.refused.append(_backward_refused(strategy, trainable, logits_BTV.mean().detach()))
+            evidence.refused.append(_backward_refused(strategy, trainable, mean.detach()))
+            for weight in (math.nan, math.inf, -math.inf):
+                evidence.refused.append(_backward_refused(strategy, trainable, mean, weight))
             steps.append(step)
         evidence.run.windows.append(window_seen(strategy, trainable, steps))
     return evidence
 
 
-def _backward_refused(strategy: Strategy, trainable: Trainable, loss: Tensor) -> str:
+def _backward_refused(strategy: Strategy, trainable: Trainable, loss: Tensor, weight: float | None = None) -> str:
+    model, optimizer, scheduler = trainable
+    given = f"a loss of shape {tuple(loss.shape)} with requires_grad={loss.requires_grad} and weight={weight}"
     try:
-        strategy.backward(loss, trainable.model, trainable.optimizer)
+        strategy.backward(loss, model, optimizer, weight=weight)
     except StepError:
-        return "refused"
-    return f"a loss of shape {tuple(loss.shape)} with requires_grad={loss.requires_grad} was accepted"
+        try:
+            strategy.optimizer_step(optimizer, model, scheduler)
+        except StepError:
+            return "refused"
+        return f"an optimizer_step after nothing but the refused backward of {given} was accepted"
+    return f"{given} was accepted"
 
 
 def _optimizer_refused(strategy: Strategy, case: ModelCase) -> str:
@@ -404,7 +415,8 @@ LAWS: tuple[Law, ...] = (
     Law(
         id="training.prepare",
         statement="prepare gives what was passed, one for one and a list for several, under the names and with the "
-        "values of the plain model; a second time changes nothing; is_rlhf freezes what has no optimizer.",
+        "values of the plain model of the first rank; a second time changes nothing; is_rlhf freezes what has no "
+        "optimizer.",
         check=for_all(_prepared_cases, _prepare_holds),
     ),
     Law(
@@ -421,8 +433,9 @@ LAWS: tuple[Law, ...] = (
     ),
     Law(
         id="training.refusals",
-        statement="A loss that is not 0-d or has no gradient, and an optimizer of a frozen model, are refused, and the "
-        "training goes on as if they had not been asked for.",
+        statement="A loss that is not 0-d or has no gradient, a weight that is not finite, a step that has no other "
+        "gradient, and an optimizer of a frozen model are refused, and the training goes on as if they had not been "
+        "asked for.",
         check=for_all(_refused_runs, _refusal_holds),
     ),
     Law(

@@ -38,6 +38,23 @@ def _rotate_all(strategy: Strategy, call: SaveCall, /) -> Path:
     return path
 
 
+def _rotate_links(strategy: Strategy, call: SaveCall, /) -> Path:
+    path = do_save(strategy, call)
+    for link in call.save_dir.glob("step-*"):
+        if call.max_num is not None and link.is_symlink():
+            shutil.rmtree(link.resolve(), ignore_errors=True)
+    return path
+
+
+def _rotate_what_was_saved(strategy: Strategy, call: SaveCall, /) -> Path:
+    path = do_save(strategy, call)
+    if call.max_num is not None and path not in {
+        checkpoint_path(call.save_dir, step) for step in committed_steps(call.save_dir)[-call.max_num :]
+    }:
+        shutil.rmtree(path, ignore_errors=True)
+    return path
+
+
 def _rotate_by_age(strategy: Strategy, call: SaveCall, /) -> Path:
     path = do_save(strategy, attrs.evolve(call, max_num=None))
     if call.max_num is not None:
@@ -141,6 +158,16 @@ MUTANTS: tuple[Mutant, ...] = (
         "checkpoint.rotation_of_foreign",
         "Rotation removes every other directory beside the checkpoints.",
         broken_save(_rotate_all),
+    ),
+    strategy_mutant(
+        "checkpoint.rotation_of_links",
+        "Rotation follows a link and removes the checkpoint that it leads to.",
+        broken_save(_rotate_links),
+    ),
+    strategy_mutant(
+        "checkpoint.rotation_of_the_saved",
+        "Where newer steps stand beside it, the checkpoint that was just saved is removed.",
+        broken_save(_rotate_what_was_saved),
     ),
     strategy_mutant(
         "checkpoint.rotation_by_age",

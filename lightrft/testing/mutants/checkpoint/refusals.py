@@ -19,6 +19,7 @@ from lightrft.strategy.record import Strategy
 from lightrft.testing.mutants.checkpoint.calls import (
     LoadCall,
     SaveCall,
+    WrongLoad,
     broken_load,
     broken_save,
     do_load,
@@ -89,13 +90,18 @@ def _copy_what_fits(call: LoadCall) -> None:
                     live[key].copy_(saved[key])
 
 
-def _go_without_optimizer(strategy: Strategy, call: LoadCall, /) -> LoadedCheckpoint:
-    try:
-        return do_load(strategy, call)
-    except CheckpointError as error:
-        if _OTHER_OPTIMIZER not in str(error):
-            raise
-        return LoadedCheckpoint(path=call.load_dir, step=1, client_state={})
+def _ignoring(words: str) -> WrongLoad:
+    """Return a load that takes one kind of difference for none."""
+
+    def wrong(strategy: Strategy, call: LoadCall, /) -> LoadedCheckpoint:
+        try:
+            return do_load(strategy, call)
+        except CheckpointError as error:
+            if words not in str(error):
+                raise
+            return LoadedCheckpoint(path=call.load_dir, step=1, client_state={})
+
+    return wrong
 
 
 def _save_pickle(strategy: Strategy, call: SaveCall, /) -> Path:
@@ -136,7 +142,22 @@ MUTANTS: tuple[Mutant, ...] = (
     strategy_mutant(
         "checkpoint.optimizer_ignored",
         "A checkpoint without an optimizer is loaded into a run that has one, or the other way round.",
-        broken_load(_go_without_optimizer),
+        broken_load(_ignoring(_OTHER_OPTIMIZER)),
+    ),
+    strategy_mutant(
+        "checkpoint.ties_ignored",
+        "Tied weights are loaded into untied ones, or the other way round.",
+        broken_load(_ignoring(" (tied names) ")),
+    ),
+    strategy_mutant(
+        "checkpoint.other_schedule_taken",
+        "The state of one schedule is loaded into one of another class.",
+        broken_load(_ignoring(" (the schedule) ")),
+    ),
+    strategy_mutant(
+        "checkpoint.other_optimizer_taken",
+        "The state of one optimizer is loaded into one of another class.",
+        broken_load(_ignoring(" is of an optimizer with ")),
     ),
     strategy_mutant(
         "checkpoint.pickle_written",

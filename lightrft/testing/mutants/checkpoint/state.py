@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 import attrs
 import torch
 
 from lightrft.backends.collectives.streams import capture_streams, restore_streams
 from lightrft.backends.training.window import MICRO_BATCHES
-from lightrft.strategy.protocols import LoadedCheckpoint
+from lightrft.strategy.protocols import Json, LoadedCheckpoint
 from lightrft.strategy.record import Strategy
 from lightrft.testing.mutants.checkpoint.calls import (
     LoadCall,
@@ -102,6 +103,17 @@ def _keep_streams(call: LoadCall) -> Callable[[], None]:
     return put_back
 
 
+def _drop_second_normals(call: LoadCall) -> Callable[[], None]:
+    del call
+
+    def put_back() -> None:
+        streams = capture_streams()
+        numpy = streams.numpy if not isinstance(streams.numpy, tuple) else (*streams.numpy[:3], 0, 0.0)
+        restore_streams(attrs.evolve(streams, python=(*streams.python[:2], None), numpy=numpy))
+
+    return put_back
+
+
 def _one_stream_for_all(strategy: Strategy, call: LoadCall, /) -> LoadedCheckpoint:
     loaded = do_load(strategy, call)
     torch.set_rng_state(strategy.broadcast(torch.get_rng_state()))
@@ -137,6 +149,24 @@ def _client_state_in_float(strategy: Strategy, call: SaveCall, /) -> Path:
         for key, value in (call.client_state or {}).items()
     }
     return do_save(strategy, attrs.evolve(call, client_state=state))
+
+
+def _client_state_without_signs(strategy: Strategy, call: SaveCall, /) -> Path:
+    state = {
+        key: 0.0 if value == 0 and type(value) is float else value for key, value in (call.client_state or {}).items()
+    }
+    return do_save(strategy, attrs.evolve(call, client_state=state))
+
+
+def _client_state_with_lists(strategy: Strategy, call: SaveCall, /) -> Path:
+    state = _listed(dict(call.client_state or {}))
+    return do_save(strategy, attrs.evolve(call, client_state=cast("dict[str, Json]", state)))
+
+
+def _listed(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _listed(item) for key, item in cast("dict[object, object]", value).items()}
+    return [_listed(item) for item in cast("list[object]", value)] if isinstance(value, list | tuple) else value
 
 
 def _client_state_as_text(strategy: Strategy, call: SaveCall, /) -> Path:
@@ -176,6 +206,11 @@ MUTANTS: tuple[Mutant, ...] = (
         broken_load(_losing(_keep_streams)),
     ),
     strategy_mutant(
+        "checkpoint.second_normals_lost",
+        "Of a pair of normal draws of which one was taken, the other is not restored.",
+        broken_load(_losing(_drop_second_normals)),
+    ),
+    strategy_mutant(
         "checkpoint.one_stream_for_all",
         "All ranks get the random stream of the first one.",
         broken_load(_one_stream_for_all),
@@ -206,6 +241,16 @@ MUTANTS: tuple[Mutant, ...] = (
         "checkpoint.integers_rounded",
         "Whole numbers of client_state come back as floats.",
         broken_save(_client_state_in_float),
+    ),
+    strategy_mutant(
+        "checkpoint.zero_without_sign",
+        "A negative zero of client_state comes back as a positive one.",
+        broken_save(_client_state_without_signs),
+    ),
+    strategy_mutant(
+        "checkpoint.tuples_as_lists",
+        "Tuples of client_state come back as lists, and nothing is said.",
+        broken_save(_client_state_with_lists),
     ),
     strategy_mutant(
         "checkpoint.unwritable_as_text",
