@@ -175,7 +175,8 @@ class LawItem(pytest.Item):
             law: the law.
         """
         super().__init__(name, parent)
-        self.laws, self.law = parent, law
+        self.laws: Laws = parent
+        self.law: Law = law
 
     @override
     def runtest(self) -> None:

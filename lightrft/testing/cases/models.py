@@ -51,14 +51,14 @@ class SmallModel(nn.Module):
             case: what to build.
         """
         super().__init__()
-        self.embedding = nn.Embedding(case.vocabulary, case.hidden)
-        self.middle = nn.Linear(case.hidden, case.hidden)
-        self.norm = nn.LayerNorm(case.hidden) if case.normed else nn.Identity()
-        self.scale = nn.Parameter(torch.empty(()))
-        self.odd = nn.Parameter(torch.empty(case.odd))
-        self.head = nn.Linear(case.hidden, case.vocabulary, bias=False)
-        self.steps = nn.Buffer(torch.zeros((), dtype=torch.int64))
-        self.offset = nn.Buffer(torch.zeros(2))
+        self.embedding: nn.Embedding = nn.Embedding(case.vocabulary, case.hidden)
+        self.middle: nn.Linear = nn.Linear(case.hidden, case.hidden)
+        self.norm: nn.Module = nn.LayerNorm(case.hidden) if case.normed else nn.Identity()
+        self.scale: nn.Parameter = nn.Parameter(torch.empty(()))
+        self.odd: nn.Parameter = nn.Parameter(torch.empty(case.odd))
+        self.head: nn.Linear = nn.Linear(case.hidden, case.vocabulary, bias=False)
+        self.steps: Tensor = nn.Buffer(torch.zeros((), dtype=torch.int64))
+        self.offset: Tensor = nn.Buffer(torch.zeros(2))
         if case.tied:
             self.head.weight = self.embedding.weight
 
