@@ -52,7 +52,6 @@ get_strategy({}, registry={"mutable": build_mutable})  # mypy: dict-item, pyrigh
 strategy.print = strategy.print  # mypy: misc, pyright: reportAttributeAccessIssue
 engine.close = engine.close  # mypy: misc, pyright: reportAttributeAccessIssue
 engine.capabilities.add("images")  # mypy: attr-defined, pyright: reportAttributeAccessIssue
-del strategy.backward  # pyright: reportAttributeAccessIssue
 no_strategy: Strategy = Mutable(backward=strategy.backward)  # mypy: assignment, pyright: reportAssignmentType
 
 # what checkers do not see of a partial, the law `record.signatures` does

@@ -396,3 +396,4 @@ LAWS: tuple[Law, ...] = (
         check=for_all(_mistakes, _refuses),
     ),
 )
+"""Laws of the section "collectives" about the values that ranks get."""
