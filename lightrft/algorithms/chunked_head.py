@@ -36,6 +36,7 @@ __all__ = [
     "exponentiate_",
     "fill_logits",
     "logit_gradient_",
+    "max_chunk_rows",
     "refuse_second_derivative",
     "softmax_",
     "wide_dtype",
@@ -186,8 +187,18 @@ def chunk_rows(inputs: HeadInputs) -> Iterator[slice]:
 
 
 def _max_rows(inputs: HeadInputs) -> int:
-    budget = _CPU_CHUNK_BYTES if inputs.hidden_NH.device.type == "cpu" else _DEVICE_CHUNK_BYTES
-    return max(_MIN_CHUNK_ROWS, budget // (4 * max(inputs.weight_VH.shape[0], 1)))
+    return max_chunk_rows(inputs.weight_VH.shape[0], on_cpu=inputs.hidden_NH.device.type == "cpu")
+
+
+def max_chunk_rows(vocabulary: int, *, on_cpu: bool) -> int:
+    """Return how many tokens a chunk holds at most.
+
+    Args:
+        vocabulary: rows of the head.
+        on_cpu: whether a CPU computes.
+    """
+    budget = _CPU_CHUNK_BYTES if on_cpu else _DEVICE_CHUNK_BYTES
+    return max(_MIN_CHUNK_ROWS, budget // (4 * max(vocabulary, 1)))
 
 
 def build_workspace(inputs: HeadInputs) -> Workspace:

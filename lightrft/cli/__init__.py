@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from lightrft.cli.arguments import parse
 from lightrft.cli.failures import EXIT_OK, exit_code, explain
 from lightrft.cli.terminal import complain, one_line_warnings, tolerant_output
+from lightrft.cli.voice import is_first_to_say, one_voice, voice_of_rank
 
 __all__ = ["main"]
 
@@ -31,20 +32,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if argv is None else argv)
     tolerant_output()
-    with one_line_warnings():
+    with one_line_warnings(is_first_to_say):
         try:
             return _run(given)
         except BaseException as error:  # noqa: BLE001 (what nobody foresaw is one line too, a user's sys.exit among it)
             if "--debug" in given:
                 traceback.print_exception(error)
             for line in explain(error):
-                complain(line)
+                complain(f"{voice_of_rank(error)}{line}")
             return exit_code(error)
 
 
 def _run(argv: Sequence[str]) -> int:
     try:
-        command, args, words = parse(argv)
+        with one_voice():
+            command, args, words = parse(argv)
     except SystemExit as end:  # argparse's, after --help and --version
         return end.code if isinstance(end.code, int) else EXIT_OK
     return command.run(args, words)

@@ -9,7 +9,7 @@ from typing import NoReturn
 from typing_extensions import override
 
 from lightrft import __version__
-from lightrft.cli import conformance, doctor, evaluate, registered, report, train
+from lightrft.cli import conformance, doctor, evaluate, plan, registered, report, train
 from lightrft.cli.command import Command
 from lightrft.errors import ConfigError, nearest
 
@@ -17,6 +17,7 @@ __all__ = ["COMMANDS", "build_parser", "parse"]
 
 COMMANDS: tuple[Command, ...] = (
     train.COMMAND,
+    plan.COMMAND,
     evaluate.COMMAND,
     report.COMMAND,
     registered.STRATEGIES_COMMAND,

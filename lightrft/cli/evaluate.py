@@ -77,10 +77,12 @@ def _restore(strategy: Strategy, config: Config, parts: Parts) -> tuple[nn.Modul
         model = strategy.prepare_reward_model(parts.model)
         strategy.load_model(model, exported)
         return model, str(exported)
-    actor, _, _, _ = strategy.prepare_models_and_optimizers(parts.model, None, None, None, config.strategy, 1)
+    has_reference = bool(config.algorithm.kl_coef) and done >= config.run.warmup_steps
+    plain = copy.deepcopy(parts.model) if has_reference else None  # now, because a prepared one may be sharded
+    actor, _, _, reference = strategy.prepare_models_and_optimizers(parts.model, None, None, plain, config.strategy, 1)
     saved: dict[str, nn.Module | Trainable] = {"actor": actor}
-    if config.algorithm.kl_coef and done >= config.run.warmup_steps:
-        saved["reference"] = strategy.prepare_reward_model(copy.deepcopy(strategy.unwrap_model(actor.model)))
+    if reference is not None:
+        saved["reference"] = reference
     loaded = strategy.load_ckpt(saved, directory)
     return actor.model, f"step {loaded.step} ({loaded.path})"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightrft.cli.terminal import one_line
 from lightrft.errors import (
+    CollectiveError,
     ConfigError,
     DataError,
     InterruptedRunError,
@@ -12,7 +13,17 @@ from lightrft.errors import (
     UnsupportedError,
 )
 
-__all__ = ["EXIT_BAD_INPUT", "EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_OK", "EXIT_STOPPED", "exit_code", "explain"]
+__all__ = [
+    "EXIT_BAD_INPUT",
+    "EXIT_FAILED",
+    "EXIT_INTERRUPTED",
+    "EXIT_OK",
+    "EXIT_STOPPED",
+    "UnsaidError",
+    "exit_code",
+    "explain",
+    "is_effect",
+]
 
 EXIT_OK = 0
 """It is done."""
@@ -27,6 +38,27 @@ EXIT_INTERRUPTED = 130
 
 _BAD_INPUT = (ConfigError, DataError, MissingPackageError, UnsupportedError)
 
+_TRANSPORTS = ("gloo", "NCCL", "c10d")
+"""Names that stand in what torch's collectives raise where a rank is gone; most of it has no type of its own."""
+
+
+class UnsaidError(Exception):
+    """The end of a rank of which another rank, or the process that started it, tells."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def is_effect(error: BaseException) -> bool:
+    """Return whether an error may be no more than the loss of another rank.
+
+    Args:
+        error: what a rank raised.
+    """
+    is_bare = type(error) is RuntimeError or type(error).__module__.startswith("torch.distributed")
+    return isinstance(error, CollectiveError) or (is_bare and any(name in str(error) for name in _TRANSPORTS))
+
 
 def exit_code(error: BaseException) -> int:
     """Return the exit code for an exception that ended a command.
@@ -34,6 +66,8 @@ def exit_code(error: BaseException) -> int:
     Args:
         error: the exception.
     """
+    if isinstance(error, UnsaidError):
+        return error.code
     if isinstance(error, InterruptedRunError):
         return EXIT_STOPPED
     if isinstance(error, KeyboardInterrupt):
@@ -42,7 +76,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def explain(error: BaseException) -> list[str]:
-    """Return the lines that say what happened: one, or one for each wrong setting of a configuration.
+    """Return the lines that say what happened: one, or one for each wrong setting of a configuration; or none.
 
     Args:
         error: the exception; its notes are added to the line.
@@ -51,6 +85,8 @@ def explain(error: BaseException) -> list[str]:
         >>> explain(FileNotFoundError(2, "No such file or directory", "runs/a"))
         ['error: runs/a: No such file or directory']
     """
+    if isinstance(error, UnsaidError):
+        return []
     if isinstance(error, InterruptedRunError):
         return [one_line(str(error))]
     lines = _messages(error)

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
@@ -94,8 +94,12 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 @contextmanager
-def one_line_warnings() -> Generator[None]:
-    """Show warnings as `lightrft: warning: ...`, one line each, instead of with their place in the source."""
+def one_line_warnings(is_to_be_said: Callable[[str], bool]) -> Generator[None]:
+    """Show warnings as `lightrft: warning: ...`, one line each, instead of with their place in the source.
+
+    Args:
+        is_to_be_said: asked for each; where several ranks warn of the same, one is enough.
+    """
 
     def show(
         message: Warning | str,
@@ -106,7 +110,9 @@ def one_line_warnings() -> Generator[None]:
         line: str | None = None,
     ) -> None:
         del category, filename, lineno, file, line
-        complain(f"warning: {one_line(str(message))}")
+        text = f"warning: {one_line(str(message))}"
+        if is_to_be_said(text):
+            complain(text)
 
     with warnings.catch_warnings():
         if not sys.warnoptions:

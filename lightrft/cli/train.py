@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import attrs
 
+from lightrft.backends.launch import rank_of_launch, world_size_of_launch
 from lightrft.cli.command import Command
 from lightrft.cli.failures import EXIT_OK
 from lightrft.cli.run_dir import bind_config, open_run_dir
 from lightrft.cli.terminal import command_line, say
+from lightrft.cli.voice import one_voice
 from lightrft.config import Config, apply_overrides, load_config, to_toml
 from lightrft.config.redaction import HIDDEN, redact
 from lightrft.errors import CheckpointError, ConfigError, InterruptedRunError
+from lightrft.loops.interrupt import ShouldStop, stop_on_signals
 
 if TYPE_CHECKING:
-    from lightrft.loops.interrupt import ShouldStop
     from lightrft.loops.parts import Parts
     from lightrft.loops.train import Summary
     from lightrft.strategy.protocols.collectives import World
@@ -53,25 +56,70 @@ class _Options:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strategy", metavar="KEY", help="the same as strategy.strategy=KEY")
     parser.add_argument("--engine", metavar="KEY", help="the same as engine.type=KEY")
+    parser.add_argument(
+        "--nproc", metavar="N", type=int, default=1, help="start N processes of this machine, one a rank"
+    )
     parser.add_argument("--print-config", action="store_true", help="print every setting as TOML and end")
     parser.add_argument("--checked", action="store_true", help="hold every call of the strategy to the laws; slower")
     parser.add_argument("--quiet", action="store_true", help="print no progress")
 
 
 def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
-    options = _options(args, words)
-    if options.path is None and not args.print_config:
-        raise ConfigError("no configuration is given; name a TOML file: lightrft train run.toml.")
-    config = load_config(options.path, options.overrides)
-    if args.print_config:
-        say(to_toml(config).removesuffix("\n"))
-        return EXIT_OK
-    from lightrft.loops.interrupt import stop_on_signals
+    # a strategy is torn down last: what this rank has to say must be said before others see that it is gone; a signal
+    # is remembered from the start, so that it ends the run at a step boundary even if it comes while torch loads
+    with ExitStack() as at_end, stop_on_signals() as by_signal, one_voice():
+        options = _options(args, words)
+        if options.path is None and not args.print_config:
+            raise ConfigError("no configuration is given; name a TOML file: lightrft train run.toml.")
+        config = load_config(options.path, options.overrides)
+        if args.print_config:
+            say(to_toml(config).removesuffix("\n"))
+            return EXIT_OK
+        if _starts_ranks(args.nproc):
+            return _run_ranks(config, options, args, by_signal)
+        _quieten_torch(is_debug=args.debug)
+        from lightrft.cli.processes import stop_with_parent
 
-    # from here on a signal is remembered, so that it ends the run at a step boundary even if it comes while torch loads
-    with open_run_dir(config.run.dir) as directory, stop_on_signals() as should_stop:
-        _train(config, options, directory, should_stop)
+        # rank 0 holds the directory for all
+        held = open_run_dir(config.run.dir) if rank_of_launch() == 0 else nullcontext(Path(config.run.dir))
+        with held as directory, stop_with_parent() as by_parent:
+
+            def should_stop() -> str | None:
+                return by_signal() or by_parent()
+
+            _train(config, options, directory, should_stop, at_end)
     return EXIT_OK
+
+
+def _quieten_torch(*, is_debug: bool) -> None:
+    """Keep what torch's C++ writes of lost connections, with stacks, from stderr; errors say the same in one line."""
+    if world_size_of_launch() > 1 and not is_debug:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+
+
+def _starts_ranks(num_ranks: int) -> bool:
+    from lightrft.cli.processes import is_rank_of_parent
+
+    if num_ranks < 1:
+        raise ConfigError(f"--nproc={num_ranks} is no number of processes; use 1 or more.")
+    if is_rank_of_parent():
+        return False
+    world_size = world_size_of_launch()
+    if num_ranks > 1 and world_size > 1:
+        raise ConfigError(
+            f"--nproc={num_ranks} is at odds with a launcher that has started {world_size} processes; "
+            "leave it out, or start without torchrun and srun."
+        )
+    return num_ranks > 1
+
+
+def _run_ranks(config: Config, options: _Options, args: argparse.Namespace, should_stop: ShouldStop) -> int:
+    from lightrft.backends.training.ranks import steps_of_rank
+    from lightrft.cli.processes import run_ranks
+
+    steps_of_rank(config.strategy, args.nproc)  # said before anything is started
+    flags = [*(["--quiet"] if args.quiet else []), *(["--debug"] if args.debug else [])]
+    return run_ranks(args.nproc, ["train", *options.words, *flags], should_stop)
 
 
 def _options(args: argparse.Namespace, words: Sequence[str]) -> _Options:
@@ -100,11 +148,14 @@ def _without_secret(word: str) -> str:
 def _again(args: argparse.Namespace) -> list[str]:
     given = {"--strategy": args.strategy, "--engine": args.engine}
     keys = [word for option, key in given.items() if key is not None for word in (option, key)]
-    return [*keys, *(["--checked"] if args.checked else [])]
+    nproc = [] if args.nproc == 1 else ["--nproc", str(args.nproc)]
+    return [*keys, *nproc, *(["--checked"] if args.checked else [])]
 
 
-def _train(config: Config, options: _Options, directory: Path, should_stop: ShouldStop) -> None:
+def _train(config: Config, options: _Options, directory: Path, should_stop: ShouldStop, at_end: ExitStack) -> None:
     # heavy imports after all that can be refused without them
+    from lightrft.backends.training.ranks import steps_of_rank
+    from lightrft.cli.agreement import check_ranks_agree
     from lightrft.cli.preflight import check_problems, set_threads
     from lightrft.loops.parts import build_parts
     from lightrft.loops.run import checkpoint_dir
@@ -112,24 +163,31 @@ def _train(config: Config, options: _Options, directory: Path, should_stop: Shou
     from lightrft.strategy import get_strategy
     from lightrft.strategy.registry import find_engine
     from lightrft.testing.checked import checked
+    from lightrft.tracking.tracker import no_tracker
 
     set_threads(config.run.threads)
     strategy = checked(get_strategy(config)) if options.is_checked else get_strategy(config)
     find_engine(config.engine.type)  # said now, and not after the warm-up
+    steps_of_rank(config.strategy, world_size_of_launch())
+    at_end.callback(strategy.teardown)
+    world = strategy.setup_distributed()
+    if world.world_size > 1:
+        check_ranks_agree(strategy, config)
+    is_rank_0 = world.rank == 0
     done = strategy.latest_ckpt(checkpoint_dir(config))
-    bind_config(directory, config, is_resumed=done is not None)
+    if is_rank_0:
+        bind_config(directory, config, is_resumed=done is not None)
     parts = build_parts(config)
     check_problems(parts, config)
-    tracker = _build_tracker(config, is_quiet=options.is_quiet)
-    try:
-        _announce(config, parts, strategy.setup_distributed(), done)
-        with _reassuring(strategy, checkpoint_dir(config)):
-            summary = train(strategy, config, parts, tracker=tracker, should_stop=should_stop)
-            tracker.close()
-            _conclude(summary, directory, options)
-    finally:
+    tracker = _build_tracker(config, is_quiet=options.is_quiet) if is_rank_0 else no_tracker()
+    at_end.callback(tracker.close)
+    if is_rank_0:
+        _announce(config, parts, world, done)
+    with _reassuring(strategy, checkpoint_dir(config)):
+        summary = train(strategy, config, parts, tracker=tracker, should_stop=should_stop)
         tracker.close()
-        strategy.teardown()
+        if is_rank_0:
+            _conclude(summary, directory, options, world)
 
 
 def _build_tracker(config: Config, *, is_quiet: bool) -> Tracker:
@@ -150,6 +208,7 @@ def _build_tracker(config: Config, *, is_quiet: bool) -> Tracker:
 def _announce(config: Config, parts: Parts, world: World, done: int | None) -> None:
     import torch
 
+    from lightrft.cli.decisions import decisions
     from lightrft.strategy.build import chosen_key
 
     num_parameters = sum(parameter.numel() for parameter in parts.model.parameters())
@@ -159,11 +218,28 @@ def _announce(config: Config, parts: Parts, world: World, done: int | None) -> N
     threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() != 1)}"
     say(
         f"strategy  {chosen_key(config.strategy)} on {world.device} ({threads})",
+        *(f"{name:<10}{decision}" for name, decision in decisions(config.strategy, world)),
         f"engine    {config.engine.type}",
         f"model     {config.model.path or config.model.architecture}, {num_parameters:,} parameters",
+        f"memory    {_memory(config, parts, world)}",
         f"problems  {len(parts.train):,} to learn from, {len(parts.heldout):,} held out",
         f"run       {config.run.dir}: {begins}",
     )
+
+
+def _memory(config: Config, parts: Parts, world: World) -> str:
+    from lightrft.planning.line import summary_of
+    from lightrft.planning.run import longest_prompt, memory_of_run
+
+    device = world.device.partition(":")[0]
+    lines = memory_of_run(
+        config,
+        parts.model,
+        world_size=world.world_size,
+        on_cpu=device == "cpu",
+        prompt_tokens=longest_prompt(parts.train, parts.tokenizer),
+    )
+    return f"{summary_of(lines, device)} a rank; lightrft plan shows its parts"
 
 
 @contextmanager
@@ -191,7 +267,7 @@ def _add_what_is_left(error: BaseException, strategy: Strategy, directory: Path)
         error.add_note(f"The last checkpoint, of step {done} in {directory}, is intact.")
 
 
-def _conclude(summary: Summary, directory: Path, options: _Options) -> None:
+def _conclude(summary: Summary, directory: Path, options: _Options, world: World) -> None:
     from lightrft.tracking.report import write_report
 
     before, after = summary.accuracy_before, summary.accuracy_after
@@ -201,9 +277,15 @@ def _conclude(summary: Summary, directory: Path, options: _Options) -> None:
         f"accuracy  {before:.1%} before reinforcement, {after:.1%} after ({gain:+.1f} points, held-out problems)",
         f"report    {report}",
         f"model     {directory / 'model'}",
-        f"resume    {command_line('train', *map(_without_secret, options.words))}",
+        f"resume    {_command_to_resume(options, world)}",
         f"evaluate  {command_line('evaluate', str(directory))}",
     )
+
+
+def _command_to_resume(options: _Options, world: World) -> str:
+    own = command_line("train", *map(_without_secret, options.words))
+    # what a launcher was told, it alone knows
+    return own if world.world_size == 1 or "--nproc" in options.words else f"{own} (on {world.world_size} ranks)"
 
 
 COMMAND = Command(

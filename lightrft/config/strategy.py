@@ -9,8 +9,19 @@ from typing import TypeVar, cast
 import attrs
 
 from lightrft.config._attributes import attributes
-from lightrft.config._canonical import copied, pair, plain, real
-from lightrft.config._checks import at_least, between, is_bool, is_name, is_text, named, one_of, optional, two_shares
+from lightrft.config._canonical import copied, pair, plain, real, texts
+from lightrft.config._checks import (
+    are_texts,
+    at_least,
+    between,
+    is_bool,
+    is_name,
+    is_text,
+    named,
+    one_of,
+    optional,
+    two_shares,
+)
 from lightrft.config._names import NOT_A_SETTING, one_edit, setting_fields
 from lightrft.config.redaction import redacted, shown
 from lightrft.errors import ConfigError
@@ -39,7 +50,25 @@ class StrategyConfig:
         train_batch_size: samples of one optimizer step over all ranks.
         bf16: compute in bfloat16 over float32 parameters. Off by default: on a CPU it is far slower than float32.
         zero_stage: ZeRO stage (0 to 3) of the strategy "deepspeed".
+        zero_bucket_size: elements that "deepspeed" exchanges at a time: more are faster, and need that much memory.
+        zero_overlap_comm: let stages 2 and 3 exchange gradients while the backward pass goes on; on CUDA alone.
+        zero_persistence_threshold: elements up to which stage 3 keeps a parameter whole on every rank, because
+            gathering it takes longer than it is worth.
+        zero_hpz: ranks that hold a second copy of the shards of stage 3 among them, so that the backward pass gathers
+            inside of a machine alone; 1 means none.
+        zero_offload_optimizer: keep the optimizer state of stages 1 to 3 in main memory; on a CPU it is.
+        zero_offload_param: keep the shards of stage 3 in main memory; on a CPU they are.
         fsdp: choose "fsdp2" when `strategy` names nothing.
+        fsdp_wrap: class names of the layers that "fsdp2" gathers one at a time. Empty takes what a model of
+            transformers names itself, and gathers any other model as a whole.
+        fsdp_replicate: copies of the shards of "fsdp2": with 1 the parameters are spread over all ranks; with n, over
+            world size / n ranks each, so that whole parameters are gathered inside of a machine alone.
+        fsdp_reshard_after_forward: let "fsdp2" give a layer's whole parameters up after its forward pass, and gather
+            them again for its backward pass: less memory, more communication.
+        fsdp_cpu_offload: keep parameters, gradients and optimizer state of "fsdp2" in main memory; on a CPU they are.
+        gradient_checkpointing: let "fsdp2" keep the inputs of layers alone, and compute the rest again in the backward
+            pass: less memory, a third more arithmetic.
+        compile_layers: let "fsdp2" compile each layer with torch.compile when it is first called.
         actor_learning_rate: peak learning rate of the actor.
         critic_learning_rate: peak learning rate of the critic.
         adam_betas: coefficients of AdamW's two running averages.
@@ -61,7 +90,19 @@ class StrategyConfig:
     train_batch_size: int = attrs.field(default=1, validator=at_least(1, whole=True))
     bf16: bool = attrs.field(default=False, validator=is_bool)
     zero_stage: int = attrs.field(default=2, validator=between(0, 3, whole=True))
+    zero_bucket_size: int = attrs.field(default=50_000_000, validator=at_least(2, whole=True))
+    zero_overlap_comm: bool = attrs.field(default=True, validator=is_bool)
+    zero_persistence_threshold: int = attrs.field(default=100_000, validator=at_least(0, whole=True))
+    zero_hpz: int = attrs.field(default=1, validator=at_least(1, whole=True))
+    zero_offload_optimizer: bool = attrs.field(default=False, validator=is_bool)
+    zero_offload_param: bool = attrs.field(default=False, validator=is_bool)
     fsdp: bool = attrs.field(default=False, validator=is_bool)
+    fsdp_wrap: tuple[str, ...] = attrs.field(default=(), converter=texts, validator=are_texts)
+    fsdp_replicate: int = attrs.field(default=1, validator=at_least(1, whole=True))
+    fsdp_reshard_after_forward: bool = attrs.field(default=True, validator=is_bool)
+    fsdp_cpu_offload: bool = attrs.field(default=False, validator=is_bool)
+    gradient_checkpointing: bool = attrs.field(default=False, validator=is_bool)
+    compile_layers: bool = attrs.field(default=False, validator=is_bool)
     actor_learning_rate: float = attrs.field(default=1e-5, converter=real, validator=at_least(0))
     critic_learning_rate: float = attrs.field(default=1e-5, converter=real, validator=at_least(0))
     adam_betas: tuple[float, float] = attrs.field(default=(0.9, 0.95), converter=pair, validator=two_shares)

@@ -6,7 +6,7 @@ from lightrft.config.root import Config
 from lightrft.config.strategy import StrategyConfig
 from lightrft.errors import ConfigError
 
-__all__ = ["check_settings"]
+__all__ = ["check_settings", "check_shares", "check_world"]
 
 
 def check_settings(config: Config) -> None:
@@ -30,6 +30,53 @@ def check_settings(config: Config) -> None:
             "algorithm.reward_running_norm_minus_mean=True has no effect without algorithm.reward_running_norm; "
             "set both, or neither."
         )
+
+
+def check_world(config: Config, num_ranks: int) -> None:
+    """Refuse a number of ranks among which the work of a step cannot be shared out evenly.
+
+    Args:
+        config: the run's configuration.
+        num_ranks: how many there are.
+
+    Raises:
+        ConfigError: the first number that does not divide.
+
+    Example:
+        >>> check_world(Config(), 1)
+    """
+    check_shares(config.strategy.train_batch_size, config.strategy.micro_train_batch_size, num_ranks)
+    prompts = config.algorithm.prompts_per_step
+    if prompts % num_ranks:
+        raise ConfigError(
+            f"algorithm.prompts_per_step={prompts} is not divisible by world_size({num_ranks}); "
+            f"use {_multiples(prompts, num_ranks)}."
+        )
+
+
+def check_shares(train_batch_size: int, micro_train_batch_size: int, num_ranks: int) -> None:
+    """Refuse a batch that is not made of whole micro-batches of all ranks.
+
+    Args:
+        train_batch_size: completions of one optimizer step, on all ranks together.
+        micro_train_batch_size: completions of one forward and backward of one rank.
+        num_ranks: how many ranks there are.
+
+    Raises:
+        ConfigError: it does not divide.
+    """
+    at_once = micro_train_batch_size * num_ranks
+    if train_batch_size % at_once:
+        product = f" * world_size({num_ranks}) = {at_once}" if num_ranks > 1 else ""
+        raise ConfigError(
+            f"train_batch_size={train_batch_size} is not divisible by micro_train_batch_size("
+            f"{micro_train_batch_size}){product}; use {_multiples(train_batch_size, at_once)}."
+        )
+
+
+def _multiples(number: int, factor: int) -> str:
+    low = number // factor * factor
+    return f"{low} or {low + factor}" if low else str(factor)
 
 
 def _check_batches(config: Config) -> None:

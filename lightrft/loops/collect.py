@@ -19,16 +19,11 @@ from lightrft.algorithms.reward_shaping import (
 )
 from lightrft.config.sections import AlgorithmConfig, EngineConfig
 from lightrft.data.prompts import Problem
+from lightrft.loops.ranks import RolloutOnRanks, cut, gather_texts, num_ranks, shares
 from lightrft.models.tokenizer import encode_text
 from lightrft.rewards.resolve import Reward, score
-from lightrft.strategy.protocols.rollout import (
-    Completion,
-    EngineHandle,
-    Prompt,
-    Rollout,
-    SamplingParams,
-    Tokenizer,
-)
+from lightrft.strategy.protocols.collectives import Collectives
+from lightrft.strategy.protocols.rollout import Completion, EngineHandle, Prompt, SamplingParams, Tokenizer
 
 __all__ = ["Scored", "collect", "sampling_params", "shape_rewards"]
 
@@ -72,7 +67,7 @@ def sampling_params(config: EngineConfig, tokenizer: Tokenizer, *, num_samples: 
 
 
 def collect(
-    rollout: Rollout,
+    rollout: RolloutOnRanks,
     engine: EngineHandle,
     problems: Sequence[Problem],
     *,
@@ -82,10 +77,12 @@ def collect(
 ) -> Scored:
     """Return `sampling.n` scored completions of each problem, problem by problem.
 
+    Each rank makes and scores those of its share of the problems; all ranks get all of them.
+
     Args:
         rollout: how completions are made.
         engine: an engine that is awake.
-        problems: this rank's problems.
+        problems: the same on all ranks.
         tokenizer: between text and tokens.
         reward: scores the texts.
         sampling: how tokens are drawn.
@@ -95,16 +92,19 @@ def collect(
         RewardError: the reward raised or returned no finite number.
     """
     prompts = [Prompt(token_ids=tuple(encode_text(tokenizer, p.question, where=p.question))) for p in problems]
-    completions = rollout.gather_and_generate(engine, prompts, sampling)
-    asked = [problem for problem in problems for _ in range(sampling.n)]
+    parts = shares(len(problems), num_ranks(rollout))
+    mine = parts[rollout.get_rank()]
+    completions = rollout.gather_and_generate(engine, [prompts[index] for index in mine], sampling)
+    asked = [problems[index] for index in mine for _ in range(sampling.n)]
     texts = [_text(tokenizer, completion, sampling) for completion in completions]
     rewards = score(reward, [p.question for p in asked], texts, [p.answer for p in asked])
-    return Scored(
+    scored = Scored(
         problems=tuple(asked),
         completions=tuple(completions),
         texts=tuple(texts),
         rewards_B=torch.tensor(rewards, dtype=torch.float32),
     )
+    return scored if len(parts) == 1 else _gathered(rollout, scored, problems, prompts, sampling.n)
 
 
 def shape_rewards(
@@ -134,6 +134,48 @@ def shape_rewards(
         statistics = update_statistics(statistics, rewards_B)
         rewards_B = normalise(rewards_B, statistics, subtract_mean=algorithm.reward_running_norm_minus_mean)
     return rewards_B, statistics
+
+
+def _gathered(
+    collectives: Collectives, scored: Scored, problems: Sequence[Problem], prompts: Sequence[Prompt], num_samples: int
+) -> Scored:
+    """Return the completions of all ranks."""
+    mine = scored.completions
+    every = collectives.all_gather(
+        {
+            "lengths": torch.tensor([len(one.token_ids) for one in mine], dtype=torch.int64),
+            "token_ids": torch.tensor([token for one in mine for token in one.token_ids], dtype=torch.int64),
+            "logprobs": torch.tensor([value for one in mine for value in one.logprobs], dtype=torch.float64),
+            "is_stopped": torch.tensor([one.finish_reason == "stop" for one in mine], dtype=torch.bool),
+            "weight_versions": torch.tensor([one.weight_version for one in mine], dtype=torch.int64),
+            "rewards": scored.rewards_B,
+        }
+    )
+    lengths = every["lengths"].tolist()
+    columns = zip(
+        cut(every["token_ids"].tolist(), lengths),
+        cut(every["logprobs"].tolist(), lengths),
+        every["is_stopped"].tolist(),
+        every["weight_versions"].tolist(),
+        strict=True,
+    )
+    completions = [
+        Completion(
+            prompt_ids=prompts[index // num_samples].token_ids,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish_reason="stop" if is_stopped else "length",
+            weight_version=weight_version,
+            sample_index=index % num_samples,
+        )
+        for index, (token_ids, logprobs, is_stopped, weight_version) in enumerate(columns)
+    ]
+    return Scored(
+        problems=tuple(problem for problem in problems for _ in range(num_samples)),
+        completions=tuple(completions),
+        texts=tuple(gather_texts(collectives, scored.texts)),
+        rewards_B=every["rewards"],
+    )
 
 
 def _text(tokenizer: Tokenizer, completion: Completion, sampling: SamplingParams) -> str:

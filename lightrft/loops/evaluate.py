@@ -9,8 +9,9 @@ import attrs
 from lightrft.config.sections import EngineConfig
 from lightrft.data.prompts import Problem
 from lightrft.loops.collect import Scored, collect, sampling_params
+from lightrft.loops.ranks import RolloutOnRanks
 from lightrft.rewards.resolve import Reward
-from lightrft.strategy.protocols.rollout import EngineHandle, Rollout, Tokenizer
+from lightrft.strategy.protocols.rollout import EngineHandle, Tokenizer
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -34,7 +35,7 @@ class Evaluation:
 
 
 def evaluate(
-    rollout: Rollout,
+    rollout: RolloutOnRanks,
     engine: EngineHandle,
     problems: Sequence[Problem],
     *,
@@ -47,7 +48,7 @@ def evaluate(
     Args:
         rollout: how completions are made.
         engine: an engine that is awake.
-        problems: held-out problems, at least one.
+        problems: held-out problems, at least one; the same on all ranks, each of which takes a share.
         tokenizer: between text and tokens.
         reward: scores the texts.
         config: bounds of a completion; its temperature plays no part.

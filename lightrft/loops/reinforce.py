@@ -73,14 +73,15 @@ def start_learner(run: Run, *, resume: bool) -> tuple[Learner, RunState]:
     """
     config, strategy, parts = run.config, run.strategy, run.parts
     updates = config.algorithm.prompts_per_step * config.algorithm.num_samples // config.strategy.train_batch_size
+    reference = None
+    if config.algorithm.kl_coef:  # copied while the model is plain
+        reference = strategy.prepare_reward_model(copy.deepcopy(parts.model))
     actor = build_actor(
         run,
+        parts.model,
         learning_rate=config.strategy.actor_learning_rate,
         max_steps=config.run.num_steps * config.algorithm.num_epochs * updates,
     )
-    reference = None
-    if config.algorithm.kl_coef:
-        reference = strategy.prepare_reward_model(copy.deepcopy(strategy.unwrap_model(actor.model)))
     sampler = ResumableSampler(size=len(parts.train), seed=config.strategy.seed)
     state = RunState(step=config.run.warmup_steps)
     if resume:

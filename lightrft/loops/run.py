@@ -13,6 +13,7 @@ from lightrft.data.sampler import ResumableSampler
 from lightrft.errors import InterruptedRunError
 from lightrft.loops.interrupt import ShouldStop
 from lightrft.loops.parts import Parts
+from lightrft.loops.ranks import gather_texts
 from lightrft.loops.state import RunState, state_from_json, state_to_json
 from lightrft.strategy.protocols.strategy import StrategyProtocol
 from lightrft.strategy.protocols.training import Trainable
@@ -34,7 +35,7 @@ class Run:
         strategy: how the model is trained on this machine's processes.
         config: the run.
         parts: model, problems and reward.
-        tracker: where rows of metrics go.
+        tracker: where rows of metrics go; only rank 0 has one that keeps them.
         should_stop: asked at each step boundary.
     """
 
@@ -54,18 +55,17 @@ def checkpoint_dir(config: Config) -> Path:
     return Path(config.run.dir) / "checkpoints"
 
 
-def build_actor(run: Run, *, learning_rate: float, max_steps: int) -> Trainable:
-    """Return the run's model with an optimizer and a schedule of its own for one phase.
+def build_actor(run: Run, model: nn.Module, *, learning_rate: float, max_steps: int) -> Trainable:
+    """Return a model with an optimizer and a schedule for one phase.
 
     Args:
         run: the run.
+        model: plain; it belongs to the actor from now on.
         learning_rate: peak learning rate of the phase.
         max_steps: its optimizer steps.
     """
     args = attrs.evolve(run.config.strategy, actor_learning_rate=learning_rate)
-    actor, _, _, _ = run.strategy.prepare_models_and_optimizers(
-        run.parts.model, None, None, None, args, max(1, max_steps)
-    )
+    actor, _, _, _ = run.strategy.prepare_models_and_optimizers(model, None, None, None, args, max(1, max_steps))
     return actor
 
 
@@ -87,7 +87,7 @@ def resume_from(run: Run, state_of: Mapping[str, nn.Module | Trainable], sampler
 
 
 def end_step(run: Run, state_of: Mapping[str, nn.Module | Trainable], state: RunState) -> RunState:
-    """Write a checkpoint when one is due, stop when asked to, and else return the state.
+    """Write a checkpoint when one is due, stop when any rank was asked to, and else return the state.
 
     Args:
         run: the run.
@@ -98,7 +98,8 @@ def end_step(run: Run, state_of: Mapping[str, nn.Module | Trainable], state: Run
         InterruptedRunError: the run was asked to stop; its checkpoint is written.
     """
     config = run.config
-    stop = run.should_stop()
+    asked = run.should_stop()
+    stop = next(iter(gather_texts(run.strategy, [asked] if asked else [])), None)
     is_last = state.step in {config.run.warmup_steps, config.run.warmup_steps + config.run.num_steps}
     every = config.checkpoint.save_every
     if stop or is_last or (every and state.step % every == 0):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import attrs
 
 from lightrft.config.root import Config
 from lightrft.errors import CheckpointError, ConfigError
-from lightrft.loops.checks import check_settings
+from lightrft.loops.checks import check_settings, check_world
 from lightrft.loops.interrupt import ShouldStop, never_stop
 from lightrft.loops.parts import Parts
 from lightrft.loops.reinforce import Learner, evaluate_and_log, reinforce, start_learner, state_of
@@ -53,19 +52,21 @@ def train(
         strategy: how the model is trained on this machine's processes.
         config: the run.
         parts: model, problems and reward that `config` names; the model is changed in place.
-        tracker: where rows of metrics go; None keeps none.
-        should_stop: asked at each step boundary.
+        tracker: where rank 0's rows of metrics go, which are about all ranks; None keeps none.
+        should_stop: asked at each step boundary; all ranks stop if one is asked to.
 
     Raises:
-        ConfigError: settings that do not fit together.
+        ConfigError: settings that do not fit together, or the number of ranks.
         UnsupportedError: a model whose logits are not those that the losses are formed from.
         CheckpointError: the directory holds the finished model of another run.
         InterruptedRunError: the run was asked to stop; its checkpoint is written.
     """
     check_settings(config)
     _check_parts(strategy, config, parts)
-    run = Run(strategy=strategy, config=config, parts=parts, tracker=tracker or no_tracker(), should_stop=should_stop)
-    strategy.setup_distributed()
+    world = strategy.setup_distributed()
+    check_world(config, world.world_size)
+    kept = tracker if tracker is not None and world.rank == 0 else no_tracker()
+    run = Run(strategy=strategy, config=config, parts=parts, tracker=kept, should_stop=should_stop)
     done = strategy.latest_ckpt(checkpoint_dir(config))
     warmup_steps = config.run.warmup_steps
     run.tracker.resume(-1 if done is None else done)
@@ -95,11 +96,11 @@ def _export(run: Run, learner: Learner) -> None:
     """Write the finished model in the Hugging Face layout, once."""
     strategy, actor = run.strategy, learner.actor.model
     target = Path(run.config.run.dir) / "model"
-    if not target.exists():
+    if not strategy.broadcast(target.exists()):  # rank 0's word: it may be writing already when others look
         strategy.save_model(actor, target, tokenizer=run.parts.tokenizer)
         return
-    written = copy.deepcopy(strategy.unwrap_model(actor))
-    strategy.load_model(written, target)
-    tensors = dict(strategy.named_tensors(actor))
-    if not all(tensors[name].equal(tensor) for name, tensor in strategy.named_tensors(written)):
+    trained = {name: tensor.cpu().clone() for name, tensor in strategy.named_tensors(actor)}
+    strategy.load_model(actor, target)  # the run is over, so nobody misses the actor
+    is_same = [trained[name].equal(tensor.cpu()) for name, tensor in strategy.named_tensors(actor)]
+    if not all(is_same):
         raise CheckpointError(f"{target} holds another model than this run's; move it away and run the same again.")

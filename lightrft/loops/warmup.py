@@ -5,6 +5,7 @@ Shapes: B problems, T positions, N positions that predict a token of an answer.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -13,20 +14,21 @@ import attrs
 import torch
 
 from lightrft.algorithms.fused_loss import fused_policy_loss
-from lightrft.data.padding import pad_completions
+from lightrft.data.padding import TokenBatch, pad_completions, pad_sequences
 from lightrft.data.prompts import Problem
 from lightrft.data.sampler import ResumableSampler
 from lightrft.errors import DataError
 from lightrft.loops.evaluate import evaluate
+from lightrft.loops.ranks import TrainingOnRanks, num_ranks, shares
 from lightrft.loops.run import Run, build_actor, end_step, resume_from, row_of
 from lightrft.loops.state import RunState
-from lightrft.models.forward import hidden_states_and_head
+from lightrft.models.forward import HeadFunction, call_with_head
 from lightrft.models.tokenizer import encode_text
 from lightrft.strategy.protocols.rollout import Completion, Tokenizer
-from lightrft.strategy.protocols.training import StepResult, Trainable, Training
+from lightrft.strategy.protocols.training import NamedTensors, StepResult, Trainable
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from lightrft.strategy.protocols.checkpointing import Json
 
@@ -41,6 +43,8 @@ points, for the cost of one or two steps."""
 def warm_up(run: Run, *, resume: bool) -> None:
     """Train the model on answers; the checkpoint of the last step is left to the start of reinforcement.
 
+    What is trained is a copy, which a strategy may spread over ranks; the plain model is given its weights at the end.
+
     Args:
         run: the run; `warmup_until` ends the phase early.
         resume: whether the newest checkpoint is one of this phase.
@@ -49,7 +53,12 @@ def warm_up(run: Run, *, resume: bool) -> None:
         InterruptedRunError: the run was asked to stop; its checkpoint is written.
     """
     settings, parts = run.config.run, run.parts
-    actor = build_actor(run, learning_rate=settings.warmup_learning_rate, max_steps=settings.warmup_steps)
+    actor = build_actor(
+        run,
+        copy.deepcopy(parts.model),
+        learning_rate=settings.warmup_learning_rate,
+        max_steps=settings.warmup_steps,
+    )
     examples = answers_as_completions(parts.train[: settings.warmup_size or None], parts.tokenizer)
     sampler = ResumableSampler(size=len(examples), seed=run.config.strategy.seed)
     state = resume_from(run, {"actor": actor}, sampler) if resume else RunState()
@@ -67,9 +76,17 @@ def warm_up(run: Run, *, resume: bool) -> None:
         run.tracker.log("metrics", row_of(state, "warmup", values))
         run.tracker.log("timings", row_of(state, "warmup", {"seconds": time.perf_counter() - started}))
         if settings.warmup_until and state.step % _CHECK_EVERY == 0 and _is_warm(run, actor):
-            return
+            break
         if state.step < settings.warmup_steps:
             end_step(run, {"actor": actor}, state)
+    _bring_back(run.strategy.named_tensors, actor.model, parts.model)
+
+
+@torch.no_grad()
+def _bring_back(named_tensors: NamedTensors, trained: nn.Module, plain: nn.Module) -> None:
+    weights = plain.state_dict()
+    for name, tensor in named_tensors(trained):
+        weights[name].copy_(tensor)
 
 
 def _is_warm(run: Run, actor: Trainable) -> bool:
@@ -117,33 +134,43 @@ def answers_as_completions(problems: Sequence[Problem], tokenizer: Tokenizer) ->
 
 
 def imitate(
-    training: Training, trainable: Trainable, completions: Sequence[Completion], *, micro_batch_size: int
+    training: TrainingOnRanks, trainable: Trainable, completions: Sequence[Completion], *, micro_batch_size: int
 ) -> tuple[StepResult, float]:
     """Take one optimizer step on the mean negative logprob of the completions' tokens; return its result and the loss.
 
     Args:
         training: the strategy's training functions.
         trainable: the policy; changed in place.
-        completions: what to imitate.
+        completions: what to imitate, the same on all ranks, each of which takes a share.
         micro_batch_size: completions of one forward and backward.
     """
     model, optimizer, scheduler = trainable
     device = next(model.parameters()).device
-    parts = [completions[start : start + micro_batch_size] for start in range(0, len(completions), micro_batch_size)]
+    parts = shares(len(completions), num_ranks(training))
+    mine = parts[training.get_rank()]
     num_tokens = sum(len(completion.token_ids) for completion in completions)
-    loss_sum = torch.zeros((), device=device)
-    for index, part in enumerate(parts):
-        batch = pad_completions(part).to(device)
-        hidden_BTH, weight_VH = hidden_states_and_head(model, batch.input_ids_BT)
+    loss_sum = torch.zeros(1, device=device)
+    results: list[StepResult] = []
+    # every rank makes as many steps as the one with most to do; one that has nothing left goes through a filler
+    starts = range(mine.start, mine.start + max(len(part) for part in parts), micro_batch_size)
+    for start in starts:
+        rows = completions[start : min(start + micro_batch_size, mine.stop)]
+        batch = (pad_completions(rows) if rows else pad_sequences([[0]], [[0]])).to(device)
+        loss = call_with_head(model, batch.input_ids_BT, _imitation(batch, share=1.0 / num_tokens))
+        is_last = start == starts[-1]
+        training.backward(loss, model, optimizer, weight=1.0 if rows else 0.0, is_boundary=is_last)
+        loss_sum += loss.detach() if rows else 0.0
+        results.append(training.optimizer_step(optimizer, model, scheduler, is_boundary=is_last))
+    return results[-1], training.all_gather(loss_sum).sum().item()
+
+
+def _imitation(batch: TokenBatch, *, share: float) -> HeadFunction:
+    def loss_of_head(hidden_BTH: Tensor, weight_VH: Tensor) -> Tensor:
         hidden_NH = hidden_BTH[batch.mask_BT]
-        shares_N = torch.full((len(hidden_NH),), 1.0 / num_tokens, device=device)
-        weight_VH = weight_VH.to(hidden_NH.dtype)
-        loss = fused_policy_loss(hidden_NH, weight_VH, batch.targets_N, _token_loss, {"shares": shares_N}).loss
-        training.backward(loss, model, optimizer, weight=1.0)
-        loss_sum += loss.detach()
-        if index + 1 < len(parts):
-            training.optimizer_step(optimizer, model, scheduler, is_boundary=False)
-    return training.optimizer_step(optimizer, model, scheduler, is_boundary=True), loss_sum.item()
+        shares_N = torch.full((len(hidden_NH),), share, device=hidden_NH.device)
+        return fused_policy_loss(hidden_NH, weight_VH, batch.targets_N, _token_loss, {"shares": shares_N}).loss
+
+    return loss_of_head
 
 
 def _token_loss(logprobs_C: Tensor, per_token_C: Mapping[str, Tensor], /) -> Tensor:

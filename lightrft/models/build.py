@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["build_model", "build_model_and_tokenizer", "load_model_and_tokenizer"]
+__all__ = [
+    "build_model",
+    "build_model_and_tokenizer",
+    "build_untrained_model_and_tokenizer",
+    "load_model_and_tokenizer",
+]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -106,6 +111,34 @@ def load_model_and_tokenizer(path: str) -> tuple[PreTrainedModel, ModelTokenizer
     require_transformers()
     _check_directory(path)
     return _load_model(path), _load_tokenizer(path)
+
+
+def build_untrained_model_and_tokenizer(path: str) -> tuple[PreTrainedModel, ModelTokenizer]:
+    """Return the model that the config of a local directory describes, with random weights, and the tokenizer there.
+
+    No weight is read, so the directory need hold none.
+
+    Args:
+        path: directory in the Hugging Face layout: config, tokenizer.
+
+    Raises:
+        ConfigError: there is no such directory, or it lacks something or is damaged.
+        MissingPackageError: transformers is not installed.
+    """
+    require_transformers()
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _check_directory(path)
+    from_config = cast("Callable[..., nn.Module]", AutoModelForCausalLM.from_config)
+    try:
+        described = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            model = from_config(described, dtype=torch.float32)
+    except Exception as error:  # as when weights are read
+        raise ConfigError(
+            f"path={path!r} describes no model that can be built ({_said(error)}); save it anew."
+        ) from error
+    return cast("PreTrainedModel", model.eval()), _load_tokenizer(path)
 
 
 def _said(error: Exception) -> str:

@@ -1,23 +1,23 @@
-"""The forward pass up to the head, so that losses are formed without the logits of all tokens.
+"""The forward pass with a head of one's own, so that losses are formed without the logits of all tokens.
 
 Shapes: B sequences, T positions, H hidden size, V vocabulary size.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch._C import DisableTorchFunction
 
 from lightrft.errors import UnsupportedError
 from lightrft.models.context import context_size
 from lightrft.models.onednn import linear_by_onednn
 
-__all__ = ["check_head", "hidden_states_and_head"]
+__all__ = ["HeadFunction", "call_with_head", "check_head"]
 
 _PROBE_LENGTH = 6
 """Tokens of the probe: enough for a sequence, little enough to cost nothing."""
@@ -26,8 +26,28 @@ _PROBE_LOGIT = 100.0
 """Size of the planted logits: beyond any softcap in use (10 to 50), which small logits would hide."""
 
 
-def hidden_states_and_head(model: nn.Module, input_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the hidden states after the last norm, and the head's weight: logits are `hidden @ weight.T`.
+class HeadFunction(Protocol):
+    """What takes the place of a head."""
+
+    def __call__(self, hidden_BTH: Tensor, weight_VH: Tensor, /) -> Tensor:
+        """Return what is made of the hidden states, such as a loss; the head's logits are `hidden @ weight.T`.
+
+        The weight may be whole inside of this call alone. What is to have a gradient must be what is returned; anything
+        else that is kept must be detached.
+
+        Args:
+            hidden_BTH: (B, T, H), what the head is given.
+            weight_VH: (V, H), in the dtype of the hidden states.
+        """
+        ...
+
+
+def call_with_head(model: nn.Module, input_ids_BT: Tensor, head_fn: HeadFunction) -> Tensor:
+    """Return what `head_fn` returns, which the model calls in place of its head.
+
+    The whole model is called, and its head with the function as its forward. So everything that a strategy hung on
+    model, layers and head takes part, forward and backward: weights that are spread over ranks are gathered when their
+    turn comes. The function itself runs outside of autocast.
 
     Sequences are padded on the right, and no attention mask is passed: under causal attention a position sees only what
     stands before it, so padding never reaches a real token, and attention without a mask takes the fastest kernel. What
@@ -35,29 +55,41 @@ def hidden_states_and_head(model: nn.Module, input_ids_BT: Tensor) -> tuple[Tens
     models.
 
     Args:
-        model: a causal language model with transformers' `get_decoder` and `get_output_embeddings`.
+        model: a prepared or plain causal language model with transformers' `get_output_embeddings`.
         input_ids_BT: (B, T) int64; shorter sequences are padded on the right with any valid id.
-
-    Returns:
-        Hidden states (B, T, H) and weight (V, H) in the model's dtype; both can be differentiated.
+        head_fn: called once.
 
     Raises:
-        UnsupportedError: the model has no decoder or no output embeddings.
+        UnsupportedError: the model has no output embeddings.
 
     Example:
         >>> from lightrft.config import ModelConfig
         >>> from lightrft.models.build import build_model_and_tokenizer
         >>> model, tokenizer = build_model_and_tokenizer(ModelConfig(hidden_size=16), seed=0)
         >>> ids_BT = torch.tensor([[2, 3, 1]])
-        >>> hidden_BTH, weight_VH = hidden_states_and_head(model, ids_BT)
-        >>> torch.allclose(hidden_BTH @ weight_VH.T, model(ids_BT).logits, atol=1e-5)
+        >>> def last_logits(hidden_BTH, weight_VH):
+        ...     return hidden_BTH[:, -1] @ weight_VH.T
+        >>> torch.allclose(call_with_head(model, ids_BT, last_logits), model(ids_BT).logits[:, -1], atol=1e-5)
         True
     """
-    return _hidden_states(model, input_ids_BT), cast("Tensor", _head(model).weight)
+    head = _head(model)
+
+    def forward(hidden_BTH: Tensor) -> Tensor:
+        weight_VH = cast("Tensor", head.weight)
+        # a mode sees every function that is called, at some microseconds each; this is for layers alone
+        with torch.autocast(hidden_BTH.device.type, enabled=False), DisableTorchFunction():
+            return head_fn(hidden_BTH, weight_VH.to(hidden_BTH.dtype))
+
+    # Gradient checkpointing computes layers again in the backward pass, outside of this block, and demands the same
+    # operators there.
+    is_repeated = bool(getattr(model, "is_gradient_checkpointing", False))
+    with _forward_replaced(head, forward), nullcontext() if is_repeated else linear_by_onednn():
+        output = cast("_ModelOutput", model(input_ids=input_ids_BT, attention_mask=None, use_cache=False))
+    return output.logits
 
 
 def check_head(model: nn.Module) -> None:
-    """Refuse a model for which `hidden_states_and_head` would not mean the same as its logits.
+    """Refuse a model for which `call_with_head` would not mean the same as its logits.
 
     Its logits must be `hidden @ weight.T` and nothing else (no bias, scale or softcap, whatever the weights become),
     and no position may see a later one. Modes and parameters of the model stay as they are. Costs three forwards.
@@ -73,51 +105,44 @@ def check_head(model: nn.Module) -> None:
         >>> from lightrft.models.build import build_model_and_tokenizer
         >>> check_head(build_model_and_tokenizer(ModelConfig(hidden_size=16), seed=0)[0])
     """
-    parameters = inspect.signature(model.forward).parameters.values()
-    if not any(p.name == "logits_to_keep" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-        raise _refusal(model, "takes no logits_to_keep, so that every forward makes all logits")
     weight_VH = cast("Tensor", _head(model).weight)
     length = min(_PROBE_LENGTH, context_size(model) or _PROBE_LENGTH)
     ids_BT = (torch.arange(length, device=weight_VH.device) % len(weight_VH))[None]
     with torch.no_grad(), _evaluating(model):
+        _check_logits(model, ids_BT)
         hidden_BTH = _hidden_states(model, ids_BT)
         _check_linear(model, hidden_BTH)
-        _check_logits(model, ids_BT, hidden_BTH)
         _check_causal(model, ids_BT, hidden_BTH)
 
 
 def _hidden_states(model: nn.Module, ids_BT: Tensor) -> Tensor:
-    """Call the whole model, so that what a strategy wrapped around it takes part; pick up what its decoder returns."""
-    decoder = cast("nn.Module", _ask(model, "get_decoder"))
-    seen: list[Tensor] = []
+    def hand_on(hidden_BTH: Tensor, weight_VH: Tensor) -> Tensor:
+        del weight_VH
+        return hidden_BTH
 
-    def pick_up(module: nn.Module, arguments: object, output: _DecoderOutput) -> None:
-        del module, arguments
-        seen.append(output.last_hidden_state)
+    return call_with_head(model, ids_BT, hand_on)
 
-    # Gradient checkpointing computes layers again in the backward pass, outside of this block, and demands the same
-    # operators there.
-    is_repeated = bool(getattr(model, "is_gradient_checkpointing", False))
-    hook = decoder.register_forward_hook(pick_up)
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Generator[None]:
+    """Replace a module's forward for the time of the block; its hooks stay."""
+    own = vars(module).get("forward")  # a backend may have put its own there
+    module.forward = forward
     try:
-        with nullcontext() if is_repeated else linear_by_onednn():
-            # the logits of no position at all: the head's matrix product is left to the losses
-            model(input_ids=ids_BT, attention_mask=None, use_cache=False, logits_to_keep=ids_BT[0, :0])
+        yield
     finally:
-        hook.remove()
-    return seen[0]
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 def _head(model: nn.Module) -> nn.Module:
-    return cast("nn.Module", _ask(model, "get_output_embeddings"))
-
-
-def _ask(model: nn.Module, method: str) -> object:
-    get = cast("Callable[[], object] | None", getattr(model, method, None))
-    answer = None if get is None else get()
-    if answer is None:
-        raise _refusal(model, f"has no {method}()")
-    return answer
+    get = cast("Callable[[], nn.Module | None] | None", getattr(model, "get_output_embeddings", None))
+    head = None if get is None else get()
+    if head is None:
+        raise _refusal(model, "has no get_output_embeddings()")
+    return head
 
 
 def _check_linear(model: nn.Module, hidden_BTH: Tensor) -> None:
@@ -129,26 +154,19 @@ def _check_linear(model: nn.Module, hidden_BTH: Tensor) -> None:
         raise _refusal(model, "has a head that is not linear in the hidden states")
 
 
-def _check_logits(model: nn.Module, ids_BT: Tensor, hidden_BTH: Tensor) -> None:
+def _check_logits(model: nn.Module, ids_BT: Tensor) -> None:
     """Plant large outputs of the head and look whether the model hands them on untouched."""
     seen: list[Tensor] = []
-    vocabulary_size = len(cast("Tensor", _head(model).weight))
-    planted_V = torch.linspace(-_PROBE_LOGIT, _PROBE_LOGIT, vocabulary_size, device=hidden_BTH.device)
-    planted_BTV = planted_V.expand(*ids_BT.shape, vocabulary_size).to(hidden_BTH.dtype)
 
-    def plant(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        del module, output
-        seen.append(arguments[0])
-        return planted_BTV
+    def plant(hidden_BTH: Tensor, weight_VH: Tensor) -> Tensor:
+        planted_V = torch.linspace(-_PROBE_LOGIT, _PROBE_LOGIT, len(weight_VH), device=hidden_BTH.device)
+        seen.append(planted_V.expand(*hidden_BTH.shape[:-1], -1).to(hidden_BTH.dtype))
+        return seen[-1]
 
-    hook = _head(model).register_forward_hook(plant)
-    try:
-        logits_BTV = cast("Tensor", model(input_ids=ids_BT, use_cache=False).logits)
-    finally:
-        hook.remove()
-    if len(seen) != 1 or not _equal(seen[0], hidden_BTH):
-        raise _refusal(model, "changes the hidden states between decoder and head")
-    if not _equal(logits_BTV, planted_BTV):
+    logits_BTV = call_with_head(model, ids_BT, plant)
+    if len(seen) != 1 or seen[0].shape[:-1] != ids_BT.shape:
+        raise _refusal(model, "does not call its head once, with the hidden states of all positions")
+    if not _equal(logits_BTV, seen[0]):
         raise _refusal(model, "changes the logits after the head (a softcap or a scale)")
 
 
@@ -174,11 +192,11 @@ def _refusal(model: nn.Module, reason: str) -> UnsupportedError:
     )
 
 
-class _DecoderOutput(Protocol):
-    """What a decoder of transformers returns."""
+class _ModelOutput(Protocol):
+    """What a language model of transformers returns."""
 
     @property
-    def last_hidden_state(self) -> Tensor: ...
+    def logits(self) -> Tensor: ...
 
 
 @contextmanager

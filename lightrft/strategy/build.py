@@ -92,5 +92,7 @@ def _with_engines(strategy: Strategy, config: StrategyConfig, engines: Mapping[s
     def find(key: str, /) -> BuildEngine:
         return find_engine(key, engines)
 
-    setup = build_setup_inference_engine(config, find_engine=find, unwrap_model=strategy.unwrap_model)
+    setup = build_setup_inference_engine(
+        config, find_engine=find, named_tensors=strategy.named_tensors, unwrap_model=strategy.unwrap_model
+    )
     return attrs.evolve(strategy, setup_inference_engine=setup)

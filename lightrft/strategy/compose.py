@@ -251,11 +251,18 @@ def with_finite_check(strategy: Strategy) -> Strategy:
     inner = strategy.backward
 
     @functools.wraps(inner)
-    def backward(loss: torch.Tensor, model: nn.Module, optimizer: Optimizer, *, weight: float | None = None) -> None:
+    def backward(
+        loss: torch.Tensor,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        weight: float | None = None,
+        is_boundary: bool | None = None,
+    ) -> None:
         values = loss.detach().flatten().tolist()  # a loss that is not 0-d is for the strategy to refuse
         if not all(math.isfinite(value) for value in values):
             raise StepError(f"loss={values[0]!r} is not finite; look at the batch that made it before going on.")
-        inner(loss, model, optimizer, weight=weight)
+        inner(loss, model, optimizer, weight=weight, is_boundary=is_boundary)
 
     return attrs.evolve(strategy, backward=backward)
 

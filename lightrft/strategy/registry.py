@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint
 from types import MappingProxyType
 from typing import cast
 
+import attrs
+
 from lightrft.config.sections import EngineConfig
-from lightrft.errors import ConfigError, UnsupportedError, nearest
+from lightrft.errors import ConfigError, nearest
 from lightrft.strategy.assemble import assemble
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.entry_points import ENGINE_GROUP, STRATEGY_GROUP, load_builder, read_entry_points
@@ -22,6 +23,7 @@ __all__ = ["ENGINES", "STRATEGIES", "find_engine", "registered_engines", "regist
 
 def _build_single(config: StrategyConfig) -> Strategy:
     from lightrft.backends.checkpointing.canonical import build_checkpointing
+    from lightrft.backends.checkpointing.live import build_live_access
     from lightrft.backends.collectives.single import build_collectives
     from lightrft.backends.rollout.serving import build_rollout
     from lightrft.backends.training.single import build_training
@@ -31,7 +33,7 @@ def _build_single(config: StrategyConfig) -> Strategy:
     return assemble(
         collectives=collectives,
         training=training,
-        checkpointing=build_checkpointing(collectives=collectives, unwrap_model=training.unwrap_model),
+        checkpointing=build_checkpointing(collectives=collectives, access=build_live_access(training.unwrap_model)),
         rollout=build_rollout(
             config,
             find_engine=find_engine,
@@ -43,29 +45,54 @@ def _build_single(config: StrategyConfig) -> Strategy:
 
 
 def _build_fsdp2(config: StrategyConfig) -> Strategy:
-    return _build_unsharded("fsdp2", config)
+    from lightrft.backends.checkpointing.canonical import build_checkpointing
+    from lightrft.backends.checkpointing.live import build_live_access
+    from lightrft.backends.collectives.torch_dist import build_collectives
+    from lightrft.backends.rollout.gathering import build_gather_and_generate
+    from lightrft.backends.rollout.serving import build_rollout
+    from lightrft.backends.training.fsdp2 import build_training
+
+    collectives = build_collectives(config)
+    training = build_training(config, collectives)
+    rollout = build_rollout(
+        config, find_engine=find_engine, named_tensors=training.named_tensors, unwrap_model=training.unwrap_model
+    )
+    return assemble(
+        collectives=collectives,
+        training=training,
+        checkpointing=build_checkpointing(collectives=collectives, access=build_live_access(training.unwrap_model)),
+        rollout=attrs.evolve(
+            rollout, gather_and_generate=build_gather_and_generate(collectives, rollout.engine_generate_local)
+        ),
+        capabilities=frozenset({"bf16", "ranks"}),
+    )
 
 
 def _build_deepspeed(config: StrategyConfig) -> Strategy:
-    return _build_unsharded("deepspeed", config)
+    from lightrft.backends.zero.package import require_deepspeed
 
+    require_deepspeed()
+    from lightrft.backends.checkpointing.access_deepspeed import build_access
+    from lightrft.backends.checkpointing.canonical import build_checkpointing
+    from lightrft.backends.collectives.torch_dist import build_collectives
+    from lightrft.backends.rollout.gathering import build_gather_and_generate
+    from lightrft.backends.rollout.serving import build_rollout
+    from lightrft.backends.training.deepspeed import build_training
 
-def _build_unsharded(key: str, config: StrategyConfig) -> Strategy:
-    from lightrft.backends.launch import world_size_of_launch
-
-    world_size = world_size_of_launch()
-    if world_size > 1:
-        raise UnsupportedError(
-            f"strategy={key!r} with WORLD_SIZE={world_size} is not supported by this release, which trains in one "
-            "process; start it without torchrun, or with --nproc-per-node=1."
-        )
-    warnings.warn(
-        f"strategy={key!r} with one process is 'single': there is nobody to share parameters, gradients or optimizer "
-        "state with; set strategy='single' to say so.",
-        UserWarning,
-        stacklevel=4,  # the caller of get_strategy
+    collectives = build_collectives(config)
+    training = build_training(config, collectives)
+    rollout = build_rollout(
+        config, find_engine=find_engine, named_tensors=training.named_tensors, unwrap_model=training.unwrap_model
     )
-    return _build_single(config)
+    return assemble(
+        collectives=collectives,
+        training=training,
+        checkpointing=build_checkpointing(collectives=collectives, access=build_access(training.unwrap_model)),
+        rollout=attrs.evolve(
+            rollout, gather_and_generate=build_gather_and_generate(collectives, rollout.engine_generate_local)
+        ),
+        capabilities=frozenset({"bf16", "ranks"}),
+    )
 
 
 def _build_hf(config: EngineConfig) -> Engine:

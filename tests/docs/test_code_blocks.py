@@ -14,7 +14,6 @@ from lightrft.config import from_mapping
 from lightrft.strategy import get_fake_strategy
 
 
-@pytest.mark.filterwarnings("ignore:strategy='(deepspeed|fsdp2)' with one process is 'single':UserWarning")
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page run in order, in one namespace and an empty directory."""

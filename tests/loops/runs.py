@@ -26,7 +26,8 @@ def tiny_config(folder: Path, **algorithm: object) -> Config:
     """Return a run of 3 warm-up steps and 4 of reinforcement on sums of digits."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "sums.jsonl"
-    path.write_text(LINES)
+    if not path.exists():  # ranks share it
+        path.write_text(LINES)
     settings: dict[str, object] = {"num_samples": 4, "prompts_per_step": 4, **algorithm}
     return Config(
         strategy=StrategyConfig(

@@ -157,6 +157,26 @@ def test_later_steps_do_not_depend_on_the_micro_batches(loss: str) -> None:
         assert getattr(seen, name) == pytest.approx(getattr(also_seen, name), rel=1e-2, abs=1e-4)
 
 
+def test_a_second_epoch_of_a_small_part_of_a_batch_is_off_policy() -> None:
+    """Two completions of a batch of six: the second epoch's ratio is to the policy of the first, and is clipped."""
+    strategy = get_strategy(StrategyConfig(strategy="single", actor_learning_rate=0.05, lr_scheduler="constant"))
+    actor, *_ = strategy.prepare_models_and_optimizers(model_of(1), None, None, None)
+    completions, advantages_B = rollout()
+    learned = learn(
+        strategy,
+        actor,
+        completions[:2],
+        advantages_B[:2],
+        algorithm=AlgorithmConfig(num_epochs=2, clip_low=1e-3, clip_high=1e-3),
+        temperature=TEMPERATURE,
+        max_new_tokens=LIMIT,
+        train_batch_size=NUM,
+        micro_train_batch_size=1,
+    )
+    assert len(learned.steps) == 2
+    assert learned.clipped > 0
+
+
 def test_a_batch_that_is_not_whole_micro_batches_is_refused() -> None:
     """Micro-batches that do not fill the batch would make its steps larger than asked for."""
     with pytest.raises(ConfigError, match=r"train_batch_size=6 is not divisible by micro_train_batch_size\(4\); use 4"):

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lightrft.algorithms.fused_loss import fused_policy_loss
+from lightrft.algorithms.logprobs import token_logprobs
 from lightrft.backends.training.autocast import wrap_autocast
 from lightrft.config.sections import ModelConfig
 from lightrft.data.padding import pad_right
 from lightrft.errors import UnsupportedError
 from lightrft.models.build import build_model
-from lightrft.models.forward import check_head, hidden_states_and_head
+from lightrft.models.forward import call_with_head, check_head
 from lightrft.models.tokenizer import build_character_tokenizer
 
 TOKENIZER = build_character_tokenizer("abcdefgh")
@@ -23,6 +25,17 @@ TOKENIZER = build_character_tokenizer("abcdefgh")
 def _model(architecture: str) -> nn.Module:
     config = ModelConfig(architecture=architecture, hidden_size=16, num_layers=2, num_heads=2, max_length=32)
     return build_model(config, TOKENIZER, seed=0)
+
+
+def product(hidden_BTH: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
+    """What the head itself computes."""
+    return hidden_BTH @ weight_VH.T
+
+
+def hidden_states(hidden_BTH: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
+    """What the head is given."""
+    del weight_VH
+    return hidden_BTH
 
 
 MODELS = {name: _model(name) for name in ("qwen3", "llama", "gpt2")}
@@ -41,19 +54,22 @@ def test_right_padded_batches_give_what_each_sequence_gives_alone(
     model = MODELS[name]
     ids_BT, mask_BT = pad_right(sequences, pad_id=pad)
     with torch.no_grad():
-        hidden_BTH, weight_VH = hidden_states_and_head(model, ids_BT)
+        logits_BTV = call_with_head(model, ids_BT, product)
         expected = [model(input_ids=torch.tensor([sequence])).logits[0] for sequence in sequences]
-    torch.testing.assert_close((hidden_BTH @ weight_VH.T)[mask_BT], torch.cat(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits_BTV[mask_BT], torch.cat(expected), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_equal_those_through_the_logits(name: str) -> None:
-    """A loss from hidden states and weight gives every parameter the gradient that the full model gives."""
+    """A loss formed in the head's place gives every parameter the gradient that the full model gives."""
     model = MODELS[name]
     ids_BT = torch.tensor([[2, 3, 4, 5], [6, 7, 8, 9]])
-    hidden_BTH, weight_VH = hidden_states_and_head(model, ids_BT)
     parameters = list(model.parameters())
-    ours = torch.autograd.grad((hidden_BTH @ weight_VH.T).logsumexp(-1).sum(), parameters)
+
+    def loss_of_head(hidden_BTH: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
+        return (hidden_BTH @ weight_VH.T).logsumexp(-1).sum()
+
+    ours = torch.autograd.grad(call_with_head(model, ids_BT, loss_of_head), parameters)
     theirs = torch.autograd.grad(model(input_ids=ids_BT).logits.logsumexp(-1).sum(), parameters)
     for left, right in zip(ours, theirs, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
@@ -69,7 +85,7 @@ def test_check_head_passes_plain_heads_and_leaves_the_model_as_it_was(name: str,
     before = {key: value.clone() for key, value in model.state_dict().items()}
     check_head(model)
     assert [module.training for module in model.modules()] == modes
-    assert not model.get_output_embeddings()._forward_hooks
+    assert "forward" not in vars(model.get_output_embeddings())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -121,9 +137,6 @@ class _Toy(nn.Module):
         if fault == "no linear head":
             self.head.weight = nn.Parameter(torch.randn(10, 4))
 
-    def get_decoder(self) -> nn.Module:
-        return self.decoder
-
     def get_output_embeddings(self) -> nn.Module | None:
         return None if self.fault == "no head" else self.head
 
@@ -131,17 +144,98 @@ class _Toy(nn.Module):
         hidden_BTH = self.decoder(input_ids).last_hidden_state
         if self.fault == "between":
             hidden_BTH = hidden_BTH / 2
+        if self.fault == "last to the head":
+            hidden_BTH = hidden_BTH[:, -1:]
+        if self.fault == "past the head":
+            return SimpleNamespace(logits=hidden_BTH @ self.head.weight.T)
         if self.fault == "last alone":
             return SimpleNamespace(logits=self.head(hidden_BTH)[:, -1:])
         return SimpleNamespace(logits=self.head(hidden_BTH))
 
 
-def test_a_model_of_ones_own_needs_the_two_methods_alone() -> None:
-    """What is asked of a model is get_decoder and get_output_embeddings, not a class of transformers."""
-    model = _Toy("none")
+@pytest.mark.parametrize("fault", ["none", "between"])
+def test_a_model_of_ones_own_needs_one_method_alone(fault: str) -> None:
+    """What is asked of a model is get_output_embeddings; what happens to hidden states before the head is its own."""
+    model = _Toy(fault)
     check_head(model)
-    hidden_BTH, weight_VH = hidden_states_and_head(model, torch.tensor([[1, 2]]))
-    assert torch.equal(hidden_BTH @ weight_VH.T, model(input_ids=torch.tensor([[1, 2]])).logits)
+    ids_BT = torch.tensor([[1, 2]])
+    torch.testing.assert_close(call_with_head(model, ids_BT, product), model(input_ids=ids_BT).logits)
+
+
+def test_hooks_on_the_head_run_and_its_forward_comes_back() -> None:
+    """Hooks before and after, forward and backward, see the head's call; a forward of the head's own is put back."""
+    model = _model("qwen3")
+    head, seen = model.get_output_embeddings(), []
+
+    def own(hidden_BTH: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(hidden_BTH, head.weight)
+
+    head.forward = own
+    head.register_forward_pre_hook(lambda *_: seen.append("before"))
+    head.register_forward_hook(lambda *_: seen.append("after"))
+    head.register_full_backward_hook(lambda *_: seen.append("backward"))
+    call_with_head(
+        model, torch.tensor([[2, 3]]), lambda hidden_BTH, weight_VH: product(hidden_BTH, weight_VH).sum()
+    ).backward()
+    assert seen == ["before", "after", "backward"]
+    assert head.forward is own
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_a_weight_that_is_whole_inside_of_the_heads_call_alone_is_enough(is_fused: bool) -> None:
+    """Hooks that hold the weight back elsewhere, as sharded training does, change neither loss nor gradients."""
+    ids_BT, targets_N = torch.tensor([[2, 3, 4], [5, 6, 7]]), torch.tensor([3, 4, 1, 6, 7, 1])
+
+    def loss_of_head(hidden_BTH: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
+        hidden_NH = hidden_BTH.flatten(0, 1)
+        if is_fused:
+            return fused_policy_loss(hidden_NH, weight_VH, targets_N, lambda logprobs_C, _: -logprobs_C, {}).loss
+        return -token_logprobs(hidden_NH, weight_VH, targets_N).logprobs_N.sum()
+
+    plain, sharded = _model("gpt2"), _untied_from(_model("gpt2"))
+    expected = call_with_head(plain, ids_BT, loss_of_head)
+    expected.backward()
+    head = sharded.get_output_embeddings()
+    weight, whole, nothing = head.weight, head.weight.data, torch.empty(0)
+
+    def gather(*_: object) -> None:
+        weight.data = whole
+
+    def free(*_: object) -> None:
+        weight.data = nothing
+
+    head.register_forward_pre_hook(gather)
+    head.register_forward_hook(free)
+    head.register_full_backward_pre_hook(gather)
+    weight.data = nothing
+    loss = call_with_head(sharded, ids_BT, loss_of_head)
+    assert weight.numel() == 0
+    loss.backward()
+    assert torch.equal(loss, expected)
+    torch.testing.assert_close(
+        weight.grad + sharded.get_input_embeddings().weight.grad, plain.get_input_embeddings().weight.grad
+    )
+
+
+def _untied_from(model: nn.Module) -> nn.Module:
+    """The same model with a head of its own."""
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    return model
+
+
+def test_an_error_in_the_heads_place_leaves_the_model_whole() -> None:
+    """After a function that raised, the model has its own head again."""
+    model = _model("qwen3")
+    ids_BT = torch.tensor([[2, 3]])
+    expected = model(ids_BT).logits
+
+    def raise_error(hidden_BTH: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
+        raise ValueError(f"{hidden_BTH.shape} {weight_VH.shape}")
+
+    with pytest.raises(ValueError, match="16"):
+        call_with_head(model, ids_BT, raise_error)
+    assert torch.equal(model(ids_BT).logits, expected)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +243,8 @@ def test_a_model_of_ones_own_needs_the_two_methods_alone() -> None:
     [
         ("no linear head", "not linear"),
         ("no head", r"has no get_output_embeddings\(\)"),
-        ("between", "between decoder and head"),
+        ("last to the head", "hidden states of all positions"),
+        ("past the head", "does not call its head once"),
         ("not causal", "lets a position see later ones"),
         ("last alone", "changes the logits"),
     ],
@@ -161,28 +256,24 @@ def test_check_head_says_what_is_wrong(fault: str, said: str) -> None:
 
 
 def test_a_module_that_is_no_language_model_is_refused() -> None:
-    """A plain module has no decoder."""
-    with pytest.raises(UnsupportedError, match=r"model=Linear has no get_decoder\(\)"):
-        hidden_states_and_head(nn.Linear(2, 2), torch.tensor([[0]]))
-
-
-def test_a_model_that_always_makes_all_logits_is_refused() -> None:
-    """Without `logits_to_keep` the forward pass would make the logits that this function is there to avoid."""
-    model = _Toy("none")
-
-    def forward(input_ids: torch.Tensor) -> SimpleNamespace:
-        return SimpleNamespace(logits=model.head(model.decoder(input_ids).last_hidden_state))
-
-    model.forward = forward
-    with pytest.raises(UnsupportedError, match="takes no logits_to_keep"):
-        check_head(model)
+    """A plain module has no head."""
+    with pytest.raises(UnsupportedError, match=r"model=Linear has no get_output_embeddings\(\)"):
+        call_with_head(nn.Linear(2, 2), torch.tensor([[0]]), product)
 
 
 def test_what_is_wrapped_around_a_model_takes_part() -> None:
-    """Under a wrapper that computes in bfloat16 the hidden states are bfloat16, as the wrapper's logits are."""
+    """Under a wrapper that computes in bfloat16 the hidden states are bfloat16; the function runs outside of it."""
     model = wrap_autocast(_model("llama" if "llama" in MODELS else next(iter(MODELS))))
-    hidden_BTH, _ = hidden_states_and_head(model, torch.tensor([[2, 3, 4]]))
-    plain_BTH, _ = hidden_states_and_head(model.module, torch.tensor([[2, 3, 4]]))
+    modes: list[bool] = []
+
+    def look(hidden_BTH: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
+        modes.append(torch.is_autocast_enabled("cpu"))
+        assert weight_VH.dtype == hidden_BTH.dtype
+        return hidden_BTH
+
+    hidden_BTH = call_with_head(model, torch.tensor([[2, 3, 4]]), look)
+    plain_BTH = call_with_head(model.module, torch.tensor([[2, 3, 4]]), look)
+    assert modes == [False, False]
     assert not torch.equal(hidden_BTH.float(), plain_BTH)
     torch.testing.assert_close(hidden_BTH.float(), plain_BTH, rtol=0.1, atol=0.1)
 
@@ -205,7 +296,6 @@ def test_gradient_checkpointing_changes_no_gradient(is_reentrant: bool) -> None:
         if is_repeated:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": is_reentrant})
             model.enable_input_require_grads()
-        hidden_BTH, _ = hidden_states_and_head(model, ids_BT)
-        hidden_BTH.square().sum().backward()
+        call_with_head(model, ids_BT, hidden_states).square().sum().backward()
         gradients.append(model.get_parameter("model.layers.0.mlp.up_proj.weight").grad)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-3)

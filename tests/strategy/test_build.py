@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -66,21 +67,19 @@ def test_the_key_is_the_name_or_follows_fsdp() -> None:
     assert chosen_key(StrategyConfig(strategy="fake", fsdp=True)) == "fake"
 
 
-@pytest.mark.parametrize(
-    ("args", "key"),
-    [({}, "deepspeed"), ({"fsdp": True}, "fsdp2"), ({"strategy": "fsdp2"}, "fsdp2")],
-)
-def test_sharding_with_one_process_is_single_and_says_so(args: object, key: str) -> None:
-    """With one process there is nothing to shard: the strategy is "single", after a warning with the name to write."""
-    with pytest.warns(UserWarning, match=f"'{key}' with one process is 'single'.*set strategy='single'") as caught:
-        strategy = get_strategy({**args, "train_batch_size": 2})
-    assert windows(strategy) == 2
-    assert caught[0].filename == __file__
+def test_one_process_shards_over_one_rank() -> None:
+    """With one process "fsdp2" is what it says, without a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        strategy = get_strategy({"fsdp": True})
+    model = strategy.prepare(nn.Linear(2, 2))
+    assert {type(parameter.data).__name__ for parameter in model.parameters()} == {"DTensor"}
+    strategy.teardown()
 
 
-@pytest.mark.parametrize("key", sorted(STRATEGIES))
+@pytest.mark.parametrize("key", ["fake", "single"])
 def test_several_processes_are_refused_while_building(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under a launcher of several processes every strategy of this release refuses, before anything is started."""
+    """Under a launcher of several processes a strategy of one process refuses, before anything is started."""
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UnsupportedError, match="WORLD_SIZE=4"):
         get_strategy({"strategy": key})

@@ -297,7 +297,8 @@ def test_the_fake_strategy_records_what_is_asked_of_it(tmp_path: Path) -> None:
         "teardown",
     ]
     assert calls[3] == Call(
-        "backward", {"loss": "float32[]", "model": "Sequential", "optimizer": "AdamW", "weight": None}
+        "backward",
+        {"loss": "float32[]", "model": "Sequential", "optimizer": "AdamW", "weight": None, "is_boundary": None},
     )
     assert calls[1].arguments["lr"] == 0.1
 

@@ -1,4 +1,4 @@
-"""What is saved and restored under one name: a plain model with what trains it."""
+"""What is saved and restored under one name: a model with what trains it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightrft.backends.checkpointing.layout import require_entry_names
 from lightrft.errors import ConfigError
 from lightrft.strategy.protocols.checkpointing import Checkpointable
-from lightrft.strategy.protocols.training import Trainable, UnwrapModel
+from lightrft.strategy.protocols.training import Trainable
 
 __all__ = ["Entry", "entries_of"]
 
@@ -22,11 +22,11 @@ _ONLY = "model"  # the name of what was passed without one
 
 @attrs.frozen(kw_only=True, eq=False)
 class Entry:
-    """A plain model with what trains it.
+    """A model with what trains it.
 
     Attributes:
         name: what the files are called.
-        model: the plain model.
+        model: the model as the user has it, plain or prepared.
         optimizer: its optimizer, or None.
         scheduler: its schedule, or None.
     """
@@ -37,16 +37,13 @@ class Entry:
     scheduler: LRScheduler | None
 
 
-def entries_of(
-    model: Checkpointable, optimizer: Optimizer | None, scheduler: LRScheduler | None, *, unwrap_model: UnwrapModel
-) -> list[Entry]:
+def entries_of(model: Checkpointable, optimizer: Optimizer | None, scheduler: LRScheduler | None) -> list[Entry]:
     """Return what is to be saved or restored, by name.
 
     Args:
         model: one model, one `Trainable`, or several by name.
         optimizer: optimizer of a plain model.
         scheduler: schedule of a plain model.
-        unwrap_model: undoes `prepare`.
 
     Raises:
         ConfigError: an optimizer or schedule beside what brings its own, no model at all, or a name that is none.
@@ -63,12 +60,12 @@ def entries_of(
     if not isinstance(cast("object", named), Mapping) or not named:
         raise ConfigError(f"model={model!r} is no model; pass a Module, a Trainable, or a mapping of names to these.")
     require_entry_names(named)
-    return [_entry(name, value, unwrap_model) for name, value in named.items()]
+    return [_entry(name, value) for name, value in named.items()]
 
 
-def _entry(name: str, value: nn.Module | Trainable, unwrap_model: UnwrapModel) -> Entry:
+def _entry(name: str, value: nn.Module | Trainable) -> Entry:
     if isinstance(value, Trainable):
-        return Entry(name=name, model=unwrap_model(value.model), optimizer=value.optimizer, scheduler=value.scheduler)
+        return Entry(name=name, model=value.model, optimizer=value.optimizer, scheduler=value.scheduler)
     if not isinstance(cast("object", value), nn.Module):
         raise ConfigError(f"model[{name!r}] is a {type(value).__name__}; pass a Module or a Trainable.")
-    return Entry(name=name, model=unwrap_model(value), optimizer=None, scheduler=None)
+    return Entry(name=name, model=value, optimizer=None, scheduler=None)

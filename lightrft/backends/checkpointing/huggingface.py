@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import nn
 
+from lightrft.backends.checkpointing.access import ModelState, StateAccess, WholeTensor
 from lightrft.backends.checkpointing.agreement import together
 from lightrft.backends.checkpointing.durable import (
     commit,
@@ -22,15 +23,14 @@ from lightrft.backends.checkpointing.durable import (
     sync_tree,
     write_file,
 )
+from lightrft.backends.checkpointing.gathering import agreed_tables, taking_turns
 from lightrft.backends.checkpointing.lossless import as_dict, loads
-from lightrft.backends.checkpointing.named import NamedState, describe, difference, named_state
-from lightrft.backends.checkpointing.randomness import set_up_quietly
-from lightrft.backends.checkpointing.restore import copy_plan
+from lightrft.backends.checkpointing.named import describe, difference
 from lightrft.backends.checkpointing.tensor_files import read_tensors, safetensors_chunks
+from lightrft.backends.world import world_of
 from lightrft.errors import CheckpointError
 from lightrft.strategy.protocols.checkpointing import Json, LoadModel, SaveModel, SavesTokenizer
 from lightrft.strategy.protocols.collectives import Collectives
-from lightrft.strategy.protocols.training import UnwrapModel
 
 __all__ = ["build_load_model", "build_save_model"]
 
@@ -43,25 +43,32 @@ class _SavesItself(Protocol):
     def save_pretrained(self, save_directory: str, /) -> object: ...
 
 
-def build_save_model(collectives: Collectives, unwrap_model: UnwrapModel) -> SaveModel:
+def build_save_model(collectives: Collectives, access: StateAccess) -> SaveModel:
     """Return `save_model`; rank 0 writes.
 
     Args:
         collectives: what the ranks do together.
-        unwrap_model: undoes `prepare`.
+        access: what a backend knows of live tensors.
     """
 
     def save_model(
         model: nn.Module, output_dir: str | os.PathLike[str], *, tokenizer: SavesTokenizer | None = None
     ) -> Path:
-        plain = unwrap_model(model)
-        is_first = set_up_quietly(collectives).rank == 0
+        plain = access.unwrap_model(model)
+        is_first = world_of(collectives).rank == 0
+
+        def describe_live() -> dict[str, Mapping[str, WholeTensor]]:
+            return {_WEIGHTS: _exported(plain, access.model_state(model, owner="model"))}
+
+        tables = agreed_tables(collectives, describe_live)
 
         def save() -> dict[str, Json]:
-            if is_first:
-                advice = "free space or choose another directory; nothing was left behind"
-                with disk_errors("output_dir", Path(output_dir), advice=advice):
-                    _export(plain, Path(output_dir).resolve(), tokenizer)
+            advice = "free space or choose another directory; nothing was left behind"
+            with disk_errors("output_dir", Path(output_dir), advice=advice), taking_turns(tables) as in_turn:
+                if is_first:
+                    # transformers asks which framework wrote a file
+                    weights = safetensors_chunks(tables[_WEIGHTS], metadata={"format": "pt"}, in_turn=in_turn)
+                    _export(plain, weights, _dtype(tables[_WEIGHTS]), Path(output_dir).resolve(), tokenizer)
             return {}
 
         together(collectives, save)
@@ -70,35 +77,40 @@ def build_save_model(collectives: Collectives, unwrap_model: UnwrapModel) -> Sav
     return save_model
 
 
-def build_load_model(collectives: Collectives, unwrap_model: UnwrapModel) -> LoadModel:
+def build_load_model(collectives: Collectives, access: StateAccess) -> LoadModel:
     """Return `load_model`; every rank reads.
 
     Args:
         collectives: what the ranks do together.
-        unwrap_model: undoes `prepare`.
+        access: what a backend knows of live tensors.
     """
 
     def load_model(model: nn.Module, load_dir: str | os.PathLike[str]) -> None:
-        plain = unwrap_model(model)
-        set_up_quietly(collectives)
+        world_of(collectives)
         directory = Path(load_dir)
-        saved: dict[str, torch.Tensor] = {}
+        actions: list[Callable[[], None]] = []
 
         def read() -> dict[str, Json]:
-            saved.update(_matched(_weights(directory), named_state(plain, owner="model"), directory))
+            live = access.model_state(model, owner="model")
+            saved = _matched(_weights(directory), live, directory)
+            actions.extend(live.plan_tensor(name, saved[name], source=f"{directory}: {name}") for name in live.tensors)
             return {}
 
         together(collectives, read)
-        live = named_state(plain, owner="model").tensors
-        copies = [copy_plan(tensor, saved[name], f"{directory}: {name}") for name, tensor in live.items()]
         with torch.no_grad():
-            for copy_into in copies:
-                copy_into()
+            for action in actions:
+                action()
 
     return load_model
 
 
-def _export(model: nn.Module, target: Path, tokenizer: SavesTokenizer | None) -> None:
+def _export(
+    model: nn.Module,
+    weights: Iterator[memoryview | bytes],
+    dtype: torch.dtype | None,
+    target: Path,
+    tokenizer: SavesTokenizer | None,
+) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(
             f"output_dir={str(target)!r} is not an empty directory; nothing is overwritten, choose another."
@@ -106,30 +118,40 @@ def _export(model: nn.Module, target: Path, tokenizer: SavesTokenizer | None) ->
     make_directory(target.parent)
     remove_leftovers(target.parent, re.escape(target.name))
     with staging(target) as content:
-        _write_configs(model, content)
+        _write_configs(model, dtype, content)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(content))
-        # transformers asks which framework wrote a file
-        write_file(content / _WEIGHTS, safetensors_chunks(_exported(model), metadata={"format": "pt"}))
+        write_file(content / _WEIGHTS, weights)
         sync_tree(content)
         commit(content, target)
 
 
-def _write_configs(model: nn.Module, content: Path) -> None:
+def _write_configs(model: nn.Module, dtype: torch.dtype | None, content: Path) -> None:
     config = copy.deepcopy(getattr(model, "config", None))  # saving must not change the live model's
     if isinstance(config, _SavesItself):
         described = cast("dict[str, object]", vars(config))
-        described["architectures"] = [type(model).__name__]
-        described["dtype"] = getattr(model, "dtype", None)
+        described["architectures"] = [_architecture(model)]
+        described["dtype"] = dtype
         config.save_pretrained(str(content))
     generation = getattr(model, "generation_config", None)
     if isinstance(generation, _SavesItself):
         generation.save_pretrained(str(content))
 
 
-def _exported(model: nn.Module) -> dict[str, torch.Tensor]:
+def _architecture(model: nn.Module) -> str:
+    # `fully_shard` puts a class of its own before the model's
+    names = [
+        kind.__name__ for kind in type(model).__mro__ if "FSDPModule" not in {base.__name__ for base in kind.__mro__}
+    ]
+    return names[0]
+
+
+def _dtype(tensors: Mapping[str, WholeTensor]) -> torch.dtype | None:
+    return next((tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point), None)
+
+
+def _exported(model: nn.Module, state: ModelState) -> dict[str, WholeTensor]:
     """Return the tensors under the names that transformers looks for: of tied ones, not those that it fills itself."""
-    state = named_state(model, owner="model")
     filled = cast("Mapping[str, str]", getattr(model, "all_tied_weights_keys", None) or {})
     names = {first: first for first in state.tensors}
     for alias, first in state.aliases.items():
@@ -155,7 +177,7 @@ def _weights(directory: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _matched(saved: Mapping[str, torch.Tensor], live: NamedState, directory: Path) -> dict[str, torch.Tensor]:
+def _matched(saved: Mapping[str, torch.Tensor], live: ModelState, directory: Path) -> dict[str, torch.Tensor]:
     """Return the saved tensors under the live first names, each tied tensor from any of its names."""
     matched: dict[str, torch.Tensor] = {}
     for name, tensor in saved.items():

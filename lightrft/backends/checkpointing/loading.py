@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
+import attrs
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightrft.backends.checkpointing.access import StateAccess
 from lightrft.backends.checkpointing.agreement import together
 from lightrft.backends.checkpointing.entries import Entry, entries_of
 from lightrft.backends.checkpointing.layout import (
@@ -26,14 +28,29 @@ from lightrft.backends.checkpointing.layout import (
 from lightrft.backends.checkpointing.lossless import as_dict, decode, loads
 from lightrft.backends.checkpointing.manifest import Manifest, read_manifest, verify_checkpoint
 from lightrft.backends.checkpointing.named import difference
-from lightrft.backends.checkpointing.randomness import plan_streams, set_up_quietly
-from lightrft.backends.checkpointing.restore import apply_plans, plan_entry
+from lightrft.backends.checkpointing.randomness import plan_streams
+from lightrft.backends.checkpointing.restore import (
+    RestorePlan,
+    load_schedules,
+    plan_entry,
+    undo_schedules,
+    write_tensors,
+)
+from lightrft.backends.world import world_of
 from lightrft.errors import CheckpointError, LightRFTError
 from lightrft.strategy.protocols.checkpointing import Checkpointable, Json, LatestCkpt, LoadCkpt, LoadedCheckpoint
 from lightrft.strategy.protocols.collectives import Collectives, World
-from lightrft.strategy.protocols.training import UnwrapModel
 
 __all__ = ["build_latest_ckpt", "build_load_ckpt"]
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class _Plan:
+    """What one call restores on this rank, checked and built."""
+
+    entries: Sequence[RestorePlan]
+    restore_streams: Callable[[], None]
+    client_state: dict[str, Json]
 
 
 def build_latest_ckpt() -> LatestCkpt:
@@ -45,12 +62,12 @@ def build_latest_ckpt() -> LatestCkpt:
     return latest_ckpt
 
 
-def build_load_ckpt(collectives: Collectives, unwrap_model: UnwrapModel) -> LoadCkpt:
+def build_load_ckpt(collectives: Collectives, access: StateAccess) -> LoadCkpt:
     """Return `load_ckpt` over the given ranks.
 
     Args:
         collectives: what the ranks do together.
-        unwrap_model: undoes `prepare`.
+        access: what a backend knows of live tensors.
     """
 
     def load_ckpt(
@@ -61,15 +78,15 @@ def build_load_ckpt(collectives: Collectives, unwrap_model: UnwrapModel) -> Load
         scheduler: LRScheduler | None = None,
         step: int | None = None,
     ) -> LoadedCheckpoint:
-        entries = entries_of(model, optimizer, scheduler, unwrap_model=unwrap_model)
-        world = set_up_quietly(collectives)
+        entries = entries_of(model, optimizer, scheduler)
+        world = world_of(collectives)
         directory = Path(load_dir)
 
         def choose() -> dict[str, Json]:
             return {"step": _choose(directory, step)} if world.rank == 0 else {}
 
         chosen = int(str(together(collectives, choose)[0]["step"]))
-        return _load(directory, chosen, entries, world, collectives)
+        return _load(directory, chosen, entries, world, collectives, access)
 
     return load_ckpt
 
@@ -87,11 +104,15 @@ def _choose(directory: Path, step: int | None) -> int:
 
 
 def _load(
-    directory: Path, step: int, entries: Sequence[Entry], world: World, collectives: Collectives
+    directory: Path,
+    step: int,
+    entries: Sequence[Entry],
+    world: World,
+    collectives: Collectives,
+    access: StateAccess,
 ) -> LoadedCheckpoint:
     path = checkpoint_path(directory, step)
-    actions: list[Callable[[], None]] = []
-    client_state: dict[str, Json] = {}
+    plans: list[_Plan] = []
 
     def prepare() -> dict[str, Json]:
         try:
@@ -100,35 +121,44 @@ def _load(
         except CheckpointError as error:
             raise CheckpointError(f"{error}{_older(directory, step)}") from error
         try:
-            actions.append(_plan(path, manifest, entries, world))
-            client_state.update(_client_state(path))
+            plans.append(_plan(path, manifest, entries, world, access))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, LightRFTError):
                 raise
             raise CheckpointError(f"{path} has not the form of a checkpoint ({error!r}); load another one.") from error
         return {}
 
-    def apply() -> dict[str, Json]:
-        for action in actions:
-            action()
+    together(collectives, prepare)
+    _apply(plans[0], path, collectives)
+    return LoadedCheckpoint(path=path, step=step, client_state=plans[0].client_state)
+
+
+def _apply(plan: _Plan, path: Path, collectives: Collectives) -> None:
+    def apply_schedules() -> dict[str, Json]:
+        load_schedules(plan.entries, source=path)
         return {}
 
-    together(collectives, prepare)
-    together(collectives, apply)
-    return LoadedCheckpoint(path=path, step=step, client_state=client_state)
+    def apply_rest() -> dict[str, Json]:
+        write_tensors(plan.entries)
+        plan.restore_streams()
+        return {}
+
+    try:
+        together(collectives, apply_schedules)
+    except LightRFTError:  # of any rank
+        undo_schedules(plan.entries)
+        raise
+    together(collectives, apply_rest)
 
 
-def _plan(path: Path, manifest: Manifest, entries: Sequence[Entry], world: World) -> Callable[[], None]:
+def _plan(path: Path, manifest: Manifest, entries: Sequence[Entry], world: World, access: StateAccess) -> _Plan:
     _require_files(path, manifest, entries)
     _require_whole_window(path, manifest, entries, world)
-    plans = [plan_entry(entry, path, manifest.files, rank=world.rank) for entry in entries]
-    restore_streams = plan_streams(path, rank=world.rank, world_size=manifest.world_size)
-
-    def restore() -> None:
-        apply_plans(plans, source=path)
-        restore_streams()
-
-    return restore
+    return _Plan(
+        entries=[plan_entry(entry, access, path, manifest.files, rank=world.rank) for entry in entries],
+        restore_streams=plan_streams(path, rank=world.rank, world_size=manifest.world_size),
+        client_state=_client_state(path),
+    )
 
 
 def _require_files(path: Path, manifest: Manifest, entries: Sequence[Entry]) -> None:

@@ -1,27 +1,39 @@
-"""The tensors of a plain model by name, tied ones once."""
+"""The live tensors of a model by the names of the plain one, tied ones once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import attrs
 import torch
 from torch import nn
 
+from lightrft.backends.checkpointing.sharded import local_part
 from lightrft.backends.checkpointing.tensor_files import require_plain
 from lightrft.errors import UnsupportedError
 
 __all__ = ["NamedState", "describe", "difference", "named_state"]
 
 _SHOWN = 5  # names that an error lists in full
+# what torch's activation checkpointing and `torch.compile` put between a module's name and those of its parts
+_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_checkpoint_wrapped_module|_orig_mod)(?:\.|$)")
+
+
+class _Described(Protocol):
+    @property
+    def shape(self) -> Sequence[int]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
 
 
 @attrs.frozen(kw_only=True, eq=False)
 class NamedState:
-    """Parameters and persistent buffers of a plain model.
+    """Parameters and persistent buffers of a model.
 
     Attributes:
-        tensors: the live tensors by name, in the order of the modules; a tied one under its first name.
+        tensors: the live tensors by name, whole or sharded, in the order of modules; a tied one under its first name.
         aliases: every further name of a tied tensor, and its first name.
     """
 
@@ -30,10 +42,10 @@ class NamedState:
 
 
 def named_state(model: nn.Module, *, owner: str) -> NamedState:
-    """Return the live tensors of a plain model.
+    """Return the live tensors of a model, under the names that they have without wrappers.
 
     Args:
-        model: the plain model.
+        model: the model, its tensors whole or sharded.
         owner: what the model is called in errors.
 
     Raises:
@@ -47,12 +59,12 @@ def named_state(model: nn.Module, *, owner: str) -> NamedState:
         if first != name:
             aliases[name] = first
         else:
-            require_plain(tensor, f"{owner}.{name}")
+            require_plain(local_part(tensor), f"{owner}.{name}")
             tensors[name] = tensor
     return NamedState(tensors=tensors, aliases=aliases)
 
 
-def describe(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+def describe(tensors: Mapping[str, _Described]) -> dict[str, str]:
     """Return dtype and shape of each tensor, in words.
 
     Args:
@@ -97,4 +109,4 @@ def _all_names(model: nn.Module, *, owner: str) -> Iterator[tuple[str, torch.Ten
         own = (*module._parameters.items(), *module._buffers.items())  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
         for name, tensor in own:
             if tensor is not None and name not in transient:
-                yield f"{prefix}.{name}" if prefix else name, tensor
+                yield _WRAPPERS.sub("", f"{prefix}.{name}" if prefix else name), tensor

@@ -14,9 +14,8 @@ from lightrft.backends.checkpointing.layout import random_file
 from lightrft.backends.checkpointing.lossless import as_dict, decode, encode_internal, loads
 from lightrft.errors import CheckpointError
 from lightrft.strategy.protocols.checkpointing import Json
-from lightrft.strategy.protocols.collectives import Collectives, World
 
-__all__ = ["capture_streams", "plan_streams", "set_up_quietly"]
+__all__ = ["capture_streams", "plan_streams"]
 
 
 def capture_streams() -> dict[str, Json]:
@@ -57,20 +56,6 @@ def plan_streams(directory: Path, *, rank: int, world_size: int) -> Callable[[],
         raise CheckpointError(
             f"{path} holds no state of a random stream ({error}); load another checkpoint."
         ) from error
-
-
-def set_up_quietly(collectives: Collectives) -> World:
-    """Return this process's place in the world, its random streams as they were.
-
-    The first set-up of a process seeds them, and so does one after the user's own `torch.manual_seed`; saving must not.
-
-    Args:
-        collectives: what the ranks do together.
-    """
-    restore_streams = _plan(capture_streams())
-    world = collectives.setup_distributed()
-    restore_streams()
-    return world
 
 
 def _plan(streams: Mapping[str, Json]) -> Callable[[], None]:

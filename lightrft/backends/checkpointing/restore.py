@@ -10,19 +10,19 @@ from typing import cast
 
 import attrs
 import torch
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightrft.backends.checkpointing.access import ModelState, OptimizerState, ParameterGroup, StateAccess
 from lightrft.backends.checkpointing.entries import Entry
 from lightrft.backends.checkpointing.layout import gradients_file, model_file, optimizer_file, state_file
 from lightrft.backends.checkpointing.lossless import as_dict, decode, loads
-from lightrft.backends.checkpointing.named import NamedState, describe, difference, named_state
-from lightrft.backends.checkpointing.state import groups_by_name, options_of
+from lightrft.backends.checkpointing.named import describe, difference
+from lightrft.backends.checkpointing.state import options_of
 from lightrft.backends.checkpointing.tensor_files import read_tensors
 from lightrft.errors import CheckpointError
 from lightrft.strategy.protocols.checkpointing import Json
 
-__all__ = ["RestorePlan", "apply_plans", "copy_plan", "plan_entry"]
+__all__ = ["RestorePlan", "load_schedules", "plan_entry", "undo_schedules", "write_tensors"]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -40,11 +40,14 @@ class RestorePlan:
     tensors: Sequence[Callable[[], None]]
 
 
-def plan_entry(entry: Entry, directory: Path, files: Mapping[str, object], *, rank: int) -> RestorePlan:
+def plan_entry(
+    entry: Entry, access: StateAccess, directory: Path, files: Mapping[str, object], *, rank: int
+) -> RestorePlan:
     """Return what restoring the entry will do; the live state is only read.
 
     Args:
         entry: the live model with what trains it.
+        access: the backend's.
         directory: a verified checkpoint.
         files: its files by name.
         rank: number of this process, whose share of the gradients is restored.
@@ -54,96 +57,68 @@ def plan_entry(entry: Entry, directory: Path, files: Mapping[str, object], *, ra
     """
     record_path = directory / state_file(entry.name)
     record = as_dict(loads(record_path.read_bytes(), source=str(record_path)), source=str(record_path))
-    model = named_state(entry.model, owner=entry.name)
+    model = access.model_state(entry.model, owner=entry.name)
     _require_equal(
         record_path, "tied names", saved=as_dict(record.get("aliases"), source=str(record_path)), live=model.aliases
     )
     model_path = directory / model_file(entry.name)
     saved = read_tensors(model_path)
     _require_equal(model_path, "parameters and buffers", saved=describe(saved), live=describe(model.tensors))
-    restore = [copy_plan(live, saved[name], f"{model_path}: {name}") for name, live in model.tensors.items()]
-    restore += _plan_gradients(model, directory / gradients_file(entry.name, rank), files)
-    restore += _plan_optimizer(entry, model, record, directory)
+    restore = [model.plan_tensor(name, saved[name], source=f"{model_path}: {name}") for name in model.tensors]
+    restore.append(_plan_gradients(model, directory / gradients_file(entry.name, rank), files))
+    restore += _plan_optimizer(entry, access, record, directory)
     return _plan_schedule(entry, record.get("scheduler"), record_path, restore)
 
 
-def apply_plans(plans: Sequence[RestorePlan], *, source: Path) -> None:
-    """Apply all plans, or none.
+def load_schedules(plans: Sequence[RestorePlan], *, source: Path) -> None:
+    """Restore all schedules, the only ones that may still refuse.
 
     Args:
         plans: one for each entry.
         source: the checkpoint, for the error.
 
     Raises:
-        CheckpointError: a schedule refuses its state; everything is as it was.
+        CheckpointError: a schedule refuses its state; call `undo_schedules`.
     """
-    done: list[RestorePlan] = []
     for plan in plans:
-        done.append(plan)
         try:
             plan.schedule()
         except Exception as error:
-            for earlier in done:
-                with suppress(Exception):  # a schedule that refuses its own state has nothing better to be put back to
-                    earlier.undo_schedule()
             raise CheckpointError(
                 f"{source} holds a state that the schedule refuses ({error!r}); use the same schedule."
             ) from error
-    with torch.no_grad():
-        for plan in plans:
-            for action in plan.tensors:
-                action()
 
 
-def copy_plan(live: torch.Tensor, saved: torch.Tensor, what: str) -> Callable[[], None]:
-    """Return a function that copies a saved tensor into a live one of its shape and dtype, which keeps its identity.
+def undo_schedules(plans: Sequence[RestorePlan]) -> None:
+    """Put all schedules back as they were.
 
     Args:
-        live: where to.
-        saved: where from.
-        what: what is copied, for the error.
-
-    Raises:
-        CheckpointError: the live tensor's elements share memory, and the saved ones differ.
+        plans: one for each entry.
     """
-    target, source = live.detach(), saved
-    for dim, stride in enumerate(live.stride()):
-        if stride == 0 and live.shape[dim] > 1:  # an expanded tensor can't be written as a whole
-            source = source.narrow(dim, 0, 1)
-            target = target.narrow(dim, 0, 1)
-    if source.shape != saved.shape and not torch.equal(_bits(source.expand_as(saved)), _bits(saved)):
-        raise CheckpointError(f"{what} is an expanded tensor here and was none there; clone it before loading.")
-
-    def copy_into() -> None:
-        target.copy_(source)
-
-    return copy_into
+    for plan in plans:
+        with suppress(Exception):  # a schedule that refuses its own state has nothing better to be put back to
+            plan.undo_schedule()
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+@torch.no_grad()
+def write_tensors(plans: Sequence[RestorePlan]) -> None:
+    """Restore parameters, buffers, gradients and optimizers.
+
+    Args:
+        plans: one for each entry.
+    """
+    for plan in plans:
+        for action in plan.tensors:
+            action()
 
 
-def _plan_gradients(model: NamedState, path: Path, files: Mapping[str, object]) -> list[Callable[[], None]]:
+def _plan_gradients(model: ModelState, path: Path, files: Mapping[str, object]) -> Callable[[], None]:
     saved = read_tensors(path) if path.name in files else {}
-    live = {name: model.tensors[name] for name in saved if name in model.tensors}
-    _require_equal(path, "gradients", saved=describe(saved), live=describe(live))
-    return [
-        _set_gradient(tensor, _like(saved[name], tensor) if name in saved else None)
-        for name, tensor in model.tensors.items()
-        if tensor.is_leaf
-    ]
-
-
-def _set_gradient(tensor: torch.Tensor, gradient: torch.Tensor | None) -> Callable[[], None]:
-    def set_gradient() -> None:
-        tensor.grad = gradient
-
-    return set_gradient
+    return model.plan_gradients(saved, source=str(path))
 
 
 def _plan_optimizer(
-    entry: Entry, model: NamedState, record: Mapping[str, Json], directory: Path
+    entry: Entry, access: StateAccess, record: Mapping[str, Json], directory: Path
 ) -> list[Callable[[], None]]:
     record_path, path = directory / state_file(entry.name), directory / optimizer_file(entry.name)
     saved = record.get("optimizer")
@@ -154,11 +129,11 @@ def _plan_optimizer(
         )
     if saved is None or entry.optimizer is None:
         return []
+    live = access.optimizer_state(entry.model, entry.optimizer, owner=entry.name)
     fields = as_dict(saved, source=str(record_path))
-    _require_defaults(cast("list[str]", fields["defaults"]), entry.optimizer, record_path)
-    live_groups = groups_by_name(entry.optimizer, model, owner=entry.name)
+    _require_defaults(cast("list[str]", fields["defaults"]), live, type(entry.optimizer).__name__, record_path)
     saved_groups = cast("list[dict[str, Json]]", fields["groups"])
-    _require_groups(saved_groups, live_groups, record_path)
+    _require_groups(saved_groups, live.groups, record_path)
     states = cast("dict[str, dict[str, Json]]", fields["state"])
     tensors = read_tensors(path)
     expected = {
@@ -166,61 +141,36 @@ def _plan_optimizer(
     }
     _require_equal(path, "optimizer state", saved=dict.fromkeys(tensors, "tensor"), live=expected)
     actions: list[Callable[[], None]] = []
-    for (group, parameters), saved_group in zip(live_groups, saved_groups, strict=True):
+    for group, saved_group in zip(live.groups, saved_groups, strict=True):
         options = cast("dict[str, object]", decode(saved_group["options"]))
-        actions.append(_set_options(group, options, entry.optimizer))
-        for name, parameter in parameters.items():
-            state = _parameter_state(name, parameter, states.get(name), tensors, options)
-            actions.append(_set_state(entry.optimizer, parameter, state))
+        actions.append(_set_options(group, options, live))
+        for name in group.parameters:
+            state = _saved_state(name, states.get(name), tensors)
+            actions.append(live.plan_parameter(name, state, options=options, source=f"{path}: {name}"))
     return actions
 
 
-def _parameter_state(
-    name: str,
-    parameter: torch.Tensor,
-    saved: Mapping[str, Json] | None,
-    tensors: Mapping[str, torch.Tensor],
-    options: Mapping[str, object],
+def _saved_state(
+    name: str, saved: Mapping[str, Json] | None, tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, object] | None:
     if saved is None:
         return None
-    state: dict[str, object] = {}
-    for key in cast("list[str]", saved["tensors"]):
-        tensor = tensors[f"{key}.{name}"]
-        # torch keeps step counters on the host, unless its kernels read them (as its own `load_state_dict` has it)
-        on_host = key == "step" and not options.get("fused") and not options.get("capturable")
-        state[key] = tensor.clone() if on_host else _like(tensor, parameter)
+    state: dict[str, object] = {key: tensors[f"{key}.{name}"] for key in cast("list[str]", saved["tensors"])}
     values = as_dict(saved["values"], source=name)
     return {**state, **{key: decode(value) for key, value in values.items()}}
 
 
-def _like(saved: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Return a copy on the parameter's device, in the parameter's memory order where the shapes agree."""
-    if saved.shape != parameter.shape:
-        return saved.to(parameter.device, copy=True)
-    return torch.empty_like(parameter, dtype=saved.dtype, requires_grad=False).copy_(saved)
-
-
-def _set_options(group: dict[str, object], options: Mapping[str, object], optimizer: Optimizer) -> Callable[[], None]:
+def _set_options(group: ParameterGroup, options: Mapping[str, object], live: OptimizerState) -> Callable[[], None]:
     # an option that a newer torch brought keeps its default; what else was not saved belongs to the state that goes
-    kept = {key: value for key, value in options_of(group).items() if key in optimizer.defaults and key not in options}
+    present = group.options
+    kept = {key: value for key, value in options_of(present).items() if key in live.defaults and key not in options}
 
     def set_options() -> None:
-        parameters = group["params"]
-        group.clear()
-        group.update({"params": parameters, **options, **kept})
+        parameters = present["params"]
+        present.clear()
+        present.update({"params": parameters, **options, **kept})
 
     return set_options
-
-
-def _set_state(optimizer: Optimizer, parameter: torch.Tensor, state: dict[str, object] | None) -> Callable[[], None]:
-    def set_state() -> None:
-        if state is None:
-            optimizer.state.pop(parameter, None)
-        else:
-            optimizer.state[parameter] = state
-
-    return set_state
 
 
 def _plan_schedule(entry: Entry, saved: Json, path: Path, tensors: Sequence[Callable[[], None]]) -> RestorePlan:
@@ -253,25 +203,22 @@ def _nothing() -> None:
     return
 
 
-def _require_defaults(saved: Sequence[str], optimizer: Optimizer, path: Path) -> None:
-    unknown = [key for key in saved if key not in optimizer.defaults]
+def _require_defaults(saved: Sequence[str], live: OptimizerState, kind: str, path: Path) -> None:
+    unknown = [key for key in saved if key not in live.defaults]
     if unknown:
         raise CheckpointError(
-            f"{path} is of an optimizer with {', '.join(unknown)}, which {type(optimizer).__name__} lacks; "
-            "use the same optimizer."
+            f"{path} is of an optimizer with {', '.join(unknown)}, which {kind} lacks; use the same optimizer."
         )
 
 
-def _require_groups(
-    saved: Sequence[Mapping[str, Json]], live: Sequence[tuple[Mapping[str, object], Mapping[str, object]]], path: Path
-) -> None:
+def _require_groups(saved: Sequence[Mapping[str, Json]], live: Sequence[ParameterGroup], path: Path) -> None:
     groups = {
         "saved": {
             name: f"group {index}"
             for index, group in enumerate(saved)
             for name in cast("list[str]", group["parameters"])
         },
-        "live": {name: f"group {index}" for index, (_, names) in enumerate(live) for name in names},
+        "live": {name: f"group {index}" for index, group in enumerate(live) for name in group.parameters},
     }
     _require_equal(path, "optimizer parameters", saved=groups["saved"], live=groups["live"])
     if len(saved) != len(live):

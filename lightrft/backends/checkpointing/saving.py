@@ -1,4 +1,4 @@
-"""`save_ckpt`: every rank writes its own files, all agree that they are durable, one rename makes the checkpoint."""
+"""`save_ckpt`: ranks gather and rank 0 writes, all agree that files are durable, one rename makes the checkpoint."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import attrs
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightrft.backends.checkpointing.access import StateAccess, WholeTensor
 from lightrft.backends.checkpointing.agreement import together
 from lightrft.backends.checkpointing.durable import (
     FileRecord,
@@ -22,6 +23,7 @@ from lightrft.backends.checkpointing.durable import (
     write_file,
 )
 from lightrft.backends.checkpointing.entries import Entry, entries_of
+from lightrft.backends.checkpointing.gathering import agreed_tables, taking_turns
 from lightrft.backends.checkpointing.layout import (
     CLIENT_STATE,
     MANIFEST,
@@ -32,13 +34,14 @@ from lightrft.backends.checkpointing.layout import (
 )
 from lightrft.backends.checkpointing.lossless import as_dict, dumps, encode_client_state
 from lightrft.backends.checkpointing.manifest import Manifest, render_manifest
-from lightrft.backends.checkpointing.randomness import capture_streams, set_up_quietly
+from lightrft.backends.checkpointing.randomness import capture_streams
 from lightrft.backends.checkpointing.retention import keep_newest
-from lightrft.backends.checkpointing.state import entry_files, gradient_files
+from lightrft.backends.checkpointing.state import EntryState, entry_state
+from lightrft.backends.checkpointing.tensor_files import safetensors_chunks
+from lightrft.backends.world import world_of
 from lightrft.errors import CheckpointError, ConfigError
 from lightrft.strategy.protocols.checkpointing import Checkpointable, Json, SaveCkpt
 from lightrft.strategy.protocols.collectives import Collectives, World
-from lightrft.strategy.protocols.training import UnwrapModel
 
 __all__ = ["build_save_ckpt"]
 
@@ -56,12 +59,12 @@ class _Request:
     max_num: int | None
 
 
-def build_save_ckpt(collectives: Collectives, unwrap_model: UnwrapModel) -> SaveCkpt:
+def build_save_ckpt(collectives: Collectives, access: StateAccess) -> SaveCkpt:
     """Return `save_ckpt` over the given ranks.
 
     Args:
         collectives: what the ranks do together.
-        unwrap_model: undoes `prepare`.
+        access: what a backend knows of live tensors.
     """
 
     def save_ckpt(
@@ -78,18 +81,25 @@ def build_save_ckpt(collectives: Collectives, unwrap_model: UnwrapModel) -> Save
         _require_whole("max_num", max_num, at_least=1)
         request = _Request(
             directory=Path(save_dir),
-            entries=entries_of(model, optimizer, scheduler, unwrap_model=unwrap_model),
+            entries=entries_of(model, optimizer, scheduler),
             client_state=encode_client_state({} if client_state is None else client_state),
             step=step,
             max_num=max_num,
         )
-        return _save(request, set_up_quietly(collectives), collectives)
+        return _save(request, world_of(collectives), collectives, access)
 
     return save_ckpt
 
 
-def _save(request: _Request, world: World, collectives: Collectives) -> Path:
+def _save(request: _Request, world: World, collectives: Collectives, access: StateAccess) -> Path:
     is_first = world.rank == 0
+    states: list[EntryState] = []
+
+    def describe_live() -> dict[str, Mapping[str, WholeTensor]]:
+        states.extend(entry_state(entry, access, rank=world.rank) for entry in request.entries)
+        return {file: table for state in states for file, table in state.tables.items()}
+
+    tables = agreed_tables(collectives, describe_live)
     with ExitStack() as stack:
 
         def begin() -> dict[str, Json]:
@@ -99,7 +109,16 @@ def _save(request: _Request, world: World, collectives: Collectives) -> Path:
         content, target, step = Path(str(place["content"])), Path(str(place["target"])), int(str(place["step"]))
 
         def write() -> dict[str, Json]:
-            return _write(request, content, world)
+            with (
+                disk_errors("save_dir", request.directory, advice=_ADVICE),
+                taking_turns(tables) as in_turn,
+            ):
+                records = _write_own(content, states, world)
+                if is_first:
+                    records |= _write_shared(request, content, states)
+                    for file, table in tables.items():
+                        records[file] = write_file(content / file, safetensors_chunks(table, in_turn=in_turn))
+            return {file: attrs.asdict(record) for file, record in records.items()}
 
         written = together(collectives, write)
 
@@ -140,21 +159,19 @@ def _begin(request: _Request, stack: ExitStack) -> dict[str, Json]:
     return {"content": str(content), "target": str(target), "step": step}
 
 
-def _write(request: _Request, content: Path, world: World) -> dict[str, Json]:
-    records: dict[str, FileRecord] = {}
-    with disk_errors("save_dir", request.directory, advice=_ADVICE):
-        name = random_file(world.rank)
-        streams: dict[str, Json] = {"rank": world.rank, "world_size": world.world_size, **capture_streams()}
-        records[name] = write_file(content / name, [dumps(streams)])
-        for entry in request.entries:
-            for name, chunks in gradient_files(entry, world.rank):
-                records[name] = write_file(content / name, chunks)
-        if world.rank == 0:
-            records[CLIENT_STATE] = write_file(content / CLIENT_STATE, [dumps(request.client_state)])
-            for entry in request.entries:
-                for name, chunks in entry_files(entry):
-                    records[name] = write_file(content / name, chunks)
-    return {name: attrs.asdict(record) for name, record in records.items()}
+def _write_own(content: Path, states: Sequence[EntryState], world: World) -> dict[str, FileRecord]:
+    streams: dict[str, Json] = {"rank": world.rank, "world_size": world.world_size, **capture_streams()}
+    file = random_file(world.rank)
+    records = {file: write_file(content / file, [dumps(streams)])}
+    for state in states:
+        for name, gradients in state.gradients.items():
+            records[name] = write_file(content / name, safetensors_chunks(gradients))
+    return records
+
+
+def _write_shared(request: _Request, content: Path, states: Sequence[EntryState]) -> dict[str, FileRecord]:
+    values = {CLIENT_STATE: request.client_state, **{state.record_file: state.record for state in states}}
+    return {file: write_file(content / file, [dumps(value)]) for file, value in values.items()}
 
 
 def _merge(written: Sequence[Mapping[str, Json]]) -> dict[str, FileRecord]:

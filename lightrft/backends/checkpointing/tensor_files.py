@@ -8,18 +8,20 @@ metadata.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lightrft.backends.checkpointing.access import ReadTensor, WholeTensor
 from lightrft.backends.checkpointing.lossless import as_dict, dumps, loads
 from lightrft.errors import CheckpointError, UnsupportedError
 from lightrft.strategy.protocols.checkpointing import Json
 
-__all__ = ["read_tensors", "require_plain", "safetensors_chunks"]
+__all__ = ["read_tensors", "reading_order", "require_plain", "safetensors_chunks", "whole_tensor"]
 
 _RAW = "lightrft.raw"
 
@@ -61,22 +63,51 @@ def require_plain(tensor: torch.Tensor, name: str) -> None:
         raise UnsupportedError(f"{name} is a {type(tensor).__name__}, which wraps other tensors; unwrap it first.")
 
 
+def whole_tensor(tensor: torch.Tensor, read: ReadTensor | None = None) -> WholeTensor:
+    """Return the description of a tensor.
+
+    Args:
+        tensor: of the whole shape, though its values may lie in parts.
+        read: gathers them; None where they are all there.
+    """
+
+    def read_as_it_is() -> torch.Tensor:
+        return tensor
+
+    return WholeTensor(shape=tensor.shape, dtype=tensor.dtype, read=read or read_as_it_is)
+
+
+def reading_order(tensors: Mapping[str, WholeTensor]) -> list[WholeTensor]:
+    """Return the tensors in the order in which a file of them reads each once.
+
+    Args:
+        tensors: by name.
+    """
+    return [tensors[name] for name in _sorted_names(tensors)]
+
+
 def safetensors_chunks(
-    tensors: Mapping[str, torch.Tensor], *, metadata: Mapping[str, str] | None = None
+    tensors: Mapping[str, WholeTensor],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    in_turn: Iterable[WholeTensor] | None = None,
 ) -> Iterator[memoryview | bytes]:
     """Yield the bytes of a safetensors file; a chunk holds until the next one is asked for.
 
     Args:
         tensors: by name; those that share memory are written each for itself.
         metadata: strings of the header.
+        in_turn: begins with `reading_order(tensors)`, and is consumed as tensors are read, so that the caller knows
+            which ones are left; None takes that order.
     """
     # the largest elements first: then every tensor starts at a multiple of its element size, as mapping readers need it
-    names = sorted(tensors, key=_alignment(tensors))
+    names = _sorted_names(tensors)
     header = dumps(_header({name: tensors[name] for name in names}, metadata or {})).rstrip()
     header += b" " * (-len(header) % 8)
     yield len(header).to_bytes(8, "little") + header
+    turns = iter(reading_order(tensors) if in_turn is None else in_turn)
     for name in names:
-        yield from _bytes_of(tensors[name])
+        yield from _bytes_of(next(turns), name)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -98,17 +129,21 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return {name: _from_raw(tensor, raw[name]) if name in raw else tensor for name, tensor in tensors.items()}
 
 
-def _alignment(tensors: Mapping[str, torch.Tensor]) -> Callable[[str], tuple[int, str]]:
+def _sorted_names(tensors: Mapping[str, WholeTensor]) -> list[str]:
+    return sorted(tensors, key=_alignment(tensors))
+
+
+def _alignment(tensors: Mapping[str, WholeTensor]) -> Callable[[str], tuple[int, str]]:
     def key(name: str) -> tuple[int, str]:
-        tensor = tensors[name]
-        return (-tensor.element_size() if tensor.dtype in _DTYPES else 0, name)
+        dtype = tensors[name].dtype
+        return (-dtype.itemsize if dtype in _DTYPES else 0, name)
 
     return key
 
 
-def _header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, Json]:
+def _header(tensors: Mapping[str, WholeTensor], metadata: Mapping[str, str]) -> dict[str, Json]:
     raw: dict[str, Json] = {
-        name: {"dtype": _dtype_name(tensor), "shape": list(tensor.shape)}
+        name: {"dtype": _dtype_name(tensor.dtype), "shape": list(tensor.shape)}
         for name, tensor in tensors.items()
         if tensor.dtype not in _DTYPES
     }
@@ -116,23 +151,31 @@ def _header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
     header: dict[str, Json] = {"__metadata__": dict(notes)} if notes else {}
     start = 0
     for name, tensor in tensors.items():
-        end = start + tensor.numel() * tensor.element_size()
+        end = start + math.prod(tensor.shape) * tensor.dtype.itemsize
         shape: list[Json] = [end - start] if name in raw else list(tensor.shape)
         header[name] = {"dtype": _DTYPES.get(tensor.dtype, "U8"), "shape": shape, "data_offsets": [start, end]}
         start = end
     return header
 
 
-def _bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
-    dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+def _bytes_of(described: WholeTensor, name: str) -> Iterator[memoryview]:
+    dense = described.read().detach().cpu().resolve_conj().resolve_neg().contiguous()
+    if (dense.dtype, tuple(dense.shape)) != (
+        described.dtype,
+        tuple(described.shape),
+    ):  # the header says what is written
+        raise CheckpointError(
+            f"{name} was said to be {_dtype_name(described.dtype)}{list(described.shape)} and is read as "
+            f"{_dtype_name(dense.dtype)}{list(dense.shape)}; the backend's access is wrong."
+        )
     size = dense.numel() * dense.element_size()
     if size:
         # straight from memory: `Tensor.numpy` would need numpy, which is no dependency, and `bytes` a copy
         yield memoryview((ctypes.c_ubyte * size).from_address(dense.data_ptr())).cast("B")
 
 
-def _dtype_name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _from_raw(tensor: torch.Tensor, description: Json) -> torch.Tensor:

@@ -24,7 +24,8 @@ from lightrft.backends.collectives.agreement import (
     find_disagreement,
     fingerprint,
 )
-from lightrft.backends.collectives.process_group import control_device, reason_of
+from lightrft.backends.collectives.process_group import control_device
+from lightrft.backends.collectives.rendezvous import reason_of
 from lightrft.errors import CollectiveError
 
 __all__ = ["Meeting", "broadcast_bytes", "gather_bytes", "meet", "reduce_in_place"]
@@ -86,8 +87,8 @@ def gather_bytes(meeting: Meeting, mine: torch.Tensor) -> list[torch.Tensor]:
         CollectiveError: a rank was lost.
     """
     longest = max(meeting.sizes)
-    if longest == 0:
-        return [mine for _ in meeting.sizes]
+    if longest == 0 or len(meeting.sizes) == 1:  # a world of one has nobody to talk to, not even in a fork of it
+        return [mine.clone() for _ in meeting.sizes]
     padded = torch.zeros(longest, dtype=torch.uint8, device=mine.device)
     padded[: mine.numel()] = mine
     parts = [torch.empty_like(padded) for _ in meeting.sizes]
@@ -108,7 +109,7 @@ def broadcast_bytes(meeting: Meeting, mine: torch.Tensor, src: int) -> torch.Ten
         CollectiveError: a rank was lost.
     """
     whole = mine if src == dist.get_rank() else torch.empty(meeting.sizes[src], dtype=torch.uint8, device=mine.device)
-    if whole.numel():
+    if whole.numel() and len(meeting.sizes) > 1:
         with _named_failures(meeting.group, meeting.call):
             dist.broadcast(whole, src)
     return whole
@@ -126,7 +127,7 @@ def reduce_in_place(meeting: Meeting, buffer: torch.Tensor, op: str) -> None:
         CollectiveError: a rank was lost.
     """
     operations = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-    if buffer.numel():
+    if buffer.numel() and len(meeting.sizes) > 1:
         with _named_failures(meeting.group, meeting.call):
             dist.all_reduce(buffer, op=operations[op])
 
@@ -157,6 +158,8 @@ def _announced(
 
 
 def _gather_numbers(group: dist.ProcessGroup, call: CallDescription, numbers: Sequence[int]) -> list[tuple[int, ...]]:
+    if dist.get_world_size() == 1:
+        return [tuple(numbers)]
     mine = torch.tensor(numbers, dtype=torch.int64, device=control_device(group))
     table = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     with _named_failures(group, call):

@@ -6,22 +6,26 @@ it, and its store counts the calls of every rank.
 
 from __future__ import annotations
 
-import os
+import threading
+import warnings
+from contextlib import suppress
 from datetime import timedelta
 from typing import cast
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
-from lightrft.backends.launch import device_of_process, local_rank_of_launch, world_size_of_launch
-from lightrft.errors import CollectiveError, ConfigError
+from lightrft.backends.collectives.probe import probe_reductions
+from lightrft.backends.collectives.rendezvous import meet_at_store, reason_of
+from lightrft.backends.launch import device_of_process, rank_of_launch, world_size_of_launch
+from lightrft.errors import CollectiveError
 
-__all__ = ["control_device", "data_device", "join_group", "leave_group", "rank_of_process", "reason_of"]
+__all__ = ["control_device", "data_device", "join_group", "leave_group", "rank_of_process"]
 
 _OURS = "lightrft"
 """Description of a group that `join_group` made."""
+
+_PATIENCE_SECONDS = 10.0
 
 
 def join_group(timeout: timedelta) -> dist.ProcessGroup:
@@ -42,14 +46,30 @@ def join_group(timeout: timedelta) -> dist.ProcessGroup:
 
 
 def leave_group() -> None:
-    """Destroy the default process group if `join_group` made it."""
-    if dist.is_initialized() and cast("dist.ProcessGroup", dist.group.WORLD).group_desc == _OURS:
+    """Destroy the default process group if `join_group` made it, also one that lost a rank.
+
+    A backend may wait for operations that will never end. It is not waited for longer than ten seconds.
+    """
+    if not dist.is_initialized() or cast("dist.ProcessGroup", dist.group.WORLD).group_desc != _OURS:
+        return
+    ending = threading.Thread(target=_destroy, daemon=True)
+    ending.start()
+    ending.join(_PATIENCE_SECONDS)
+    if ending.is_alive():
+        warnings.warn(
+            f"the process group did not end within {_PATIENCE_SECONDS:g} seconds and is left alone; end the process.",
+            stacklevel=2,
+        )
+
+
+def _destroy() -> None:
+    with suppress(RuntimeError):  # what is broken need not be taken apart in good order
         dist.destroy_process_group()
 
 
 def rank_of_process() -> int:
     """Return the rank in the default process group, or, before there is one, what the launcher says."""
-    return dist.get_rank() if dist.is_initialized() else _rank_of_launch()
+    return dist.get_rank() if dist.is_initialized() else rank_of_launch()
 
 
 def control_device(group: dist.ProcessGroup) -> torch.device:
@@ -70,28 +90,21 @@ def data_device(group: dist.ProcessGroup) -> torch.device:
     return torch.device(device_of_process() if _backends(group).get("cuda") == "nccl" else "cpu")
 
 
-def reason_of(error: Exception) -> str:
-    """Return the first sentence of what torch says, without the place in its sources.
-
-    Args:
-        error: what it raised.
-    """
-    return str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
-
-
 def _backends(group: dist.ProcessGroup) -> dict[str, str]:
     pairs = (pair.partition(":") for pair in dist.get_backend_config(group).split(","))
     return {device: backend for device, _, backend in pairs}
 
 
 def _make_group(timeout: timedelta) -> None:
-    if device_of_process() != "cpu":
-        torch.cuda.set_device(local_rank_of_launch())
-    rank, world_size = _rank_of_launch(), world_size_of_launch()
+    device = device_of_process()
+    if device != "cpu":
+        torch.cuda.set_device(torch.device(device))
+    store = meet_at_store(timeout)
+    rank, world_size = rank_of_launch(), world_size_of_launch()
     try:
         dist.init_process_group(
-            backend="gloo" if device_of_process() == "cpu" else "cpu:gloo,cuda:nccl",
-            store=_new_store(rank, world_size, timeout),
+            backend="gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
+            store=store,
             rank=rank,
             world_size=world_size,
             timeout=timeout,
@@ -103,24 +116,5 @@ def _make_group(timeout: timedelta) -> None:
         ) from error
     group = cast("dist.ProcessGroup", dist.group.WORLD)
     group._set_group_desc(_OURS)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # no public way names the default group
-
-
-def _new_store(rank: int, world_size: int, timeout: timedelta) -> Store:
-    if world_size == 1:
-        return HashStore()
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-        if not os.environ.get(name):
-            raise ConfigError(f"{name} is not set and WORLD_SIZE={world_size}; start with torchrun, or set it.")
-    store: Store = next(rendezvous("env://", timeout=timeout))[0]
-    # a launcher's store outlives the group, and a second group must not find the addresses of the first
-    generation = store.add(f"{_OURS}/generation/{rank}", 1)
-    return PrefixStore(f"{_OURS}/{generation}", store)
-
-
-def _rank_of_launch() -> int:
-    written, world_size = os.environ.get("RANK", "0"), world_size_of_launch()
-    if not written.isascii() or not written.isdigit() or int(written) >= world_size:
-        raise ConfigError(
-            f"RANK={written!r} is no integer from 0 to WORLD_SIZE - 1 = {world_size - 1}; start with torchrun."
-        )
-    return int(written)
+    if world_size > 1:
+        probe_reductions(data_device(group))

@@ -23,7 +23,7 @@ from lightrft.backends.collectives.agreement import (
     find_disagreement,
     named_leaves,
 )
-from lightrft.backends.collectives.streams import Streams, capture_streams, new_streams, restore_streams
+from lightrft.backends.streams import Streams, capture_streams, new_streams, restore_streams
 from lightrft.errors import CollectiveError, ConfigError, UnsupportedError
 
 __all__ = ["SimulatedRank", "SimulatedWorld", "current_rank", "exchange", "run_simulated"]

@@ -43,7 +43,7 @@ class GeneratedSequence:
     """One completion of one prompt.
 
     Attributes:
-        prompt_index: number of its prompt; the given one where the call gave numbers, else the position in the call.
+        prompt_index: number of its prompt in the whole request.
         sample_index: its number among the samples of its prompt.
         token_ids: sampled ids, with the stop token if one ended it.
         logprobs: `log_softmax(logits / temperature)` at each sampled id, before top-k and top-p; at temperature 0
@@ -76,7 +76,7 @@ class GenerateTokens(Protocol):
             prompts: any number of prompts of any lengths, each of at least one token.
             params: how tokens are drawn.
             prompt_indices: number of each prompt, which names its random stream: whoever splits a request passes the
-                numbers that the prompts have in the whole. None numbers them from 0.
+                numbers that the prompts have in the whole. None numbers them from `params.first_prompt`.
 
         Raises:
             DataError: a prompt is empty, has a token that the model doesn't know, or leaves no room for a token in the
@@ -162,7 +162,8 @@ def _bind(
         params: SamplingParams,
         prompt_indices: Sequence[int] | None = None,
     ) -> tuple[GeneratedSequence, ...]:
-        indices = range(len(prompts)) if prompt_indices is None else prompt_indices
+        first = params.first_prompt
+        indices = range(first, first + len(prompts)) if prompt_indices is None else prompt_indices
         check_request(model, prompts, params, indices)
         requests = [
             _Request(prompt=tuple(prompt), prompt_index=index, sample_index=sample)

@@ -58,7 +58,7 @@ def build_hf(config: EngineConfig) -> Engine:
         sequences = _state(handle).generator.generate([prompt.token_ids for prompt in prompts], sampling)
         return [
             Completion(
-                prompt_ids=prompts[sequence.prompt_index].token_ids,
+                prompt_ids=prompts[sequence.prompt_index - sampling.first_prompt].token_ids,
                 token_ids=sequence.token_ids,
                 logprobs=sequence.logprobs,
                 finish_reason=sequence.finish_reason,

@@ -34,7 +34,7 @@ class _State:
 
 
 def build_scripted(config: EngineConfig) -> Engine:
-    """Return the engine "scripted": completion i of a call is entry i of `config.script`, over and over.
+    """Return the engine "scripted": completion i of a request is entry i of `config.script`, over and over.
 
     Without a script it echoes: a completion repeats its prompt up to `max_new_tokens`.
 
@@ -64,7 +64,8 @@ def build_scripted(config: EngineConfig) -> Engine:
         completions: list[Completion] = []
         for prompt in prompts:
             for sample in range(sampling.n):
-                written = state.script[len(completions) % len(state.script)] if state.script else None
+                place = sampling.first_prompt * sampling.n + len(completions)
+                written = state.script[place % len(state.script)] if state.script else None
                 completions.append(_complete(handle, prompt, written, sampling, sample))
         return completions
 

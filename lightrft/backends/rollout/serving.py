@@ -63,13 +63,14 @@ class RolloutFunctions:
 
 
 def build_setup_inference_engine(
-    config: StrategyConfig, *, find_engine: FindEngine, unwrap_model: UnwrapModel
+    config: StrategyConfig, *, find_engine: FindEngine, named_tensors: NamedTensors, unwrap_model: UnwrapModel
 ) -> SetupInferenceEngine:
     """Return the function that starts engines from a registry.
 
     Args:
         config: the strategy's settings; `engine_type` is the default engine.
         find_engine: looks an engine up.
+        named_tensors: the strategy's stream of full tensors.
         unwrap_model: undoes the strategy's `prepare`.
     """
     default = EngineConfig(type=config.engine_type)
@@ -77,9 +78,12 @@ def build_setup_inference_engine(
     def setup_inference_engine(
         config: EngineConfig | None = None, *, actor: nn.Module, tokenizer: Tokenizer | None = None
     ) -> EngineHandle:
+        from lightrft.backends.plain_model import build_plain_model  # imports torch: see below
+
         chosen = config or default
         engine = find_engine(chosen.type)(chosen)
-        return engine.start(EngineSource(model=unwrap_model(actor), tokenizer=tokenizer))
+        plain_model = build_plain_model(unwrap_model=unwrap_model, named_tensors=named_tensors)
+        return engine.start(EngineSource(model=plain_model(actor), tokenizer=tokenizer))
 
     return setup_inference_engine
 
@@ -114,7 +118,9 @@ def build_rollout(
         engine.engine.wake(engine)
 
     return RolloutFunctions(
-        setup_inference_engine=build_setup_inference_engine(config, find_engine=find_engine, unwrap_model=unwrap_model),
+        setup_inference_engine=build_setup_inference_engine(
+            config, find_engine=find_engine, named_tensors=named_tensors, unwrap_model=unwrap_model
+        ),
         engine_generate_local=engine_generate_local,
         gather_and_generate=gather_and_generate,
         update_engine_weights=_build_update(config, named_tensors=named_tensors),

@@ -11,7 +11,10 @@ from torch.optim import Optimizer
 
 from lightrft.errors import StepError
 
-__all__ = ["clip_gradients", "not_finite_reason"]
+__all__ = ["NO_GRADIENT", "clip_gradients", "norm_of_gradients", "not_finite_reason", "reason_of"]
+
+NO_GRADIENT = "optimizer has no parameter with a gradient, so the loss does not depend on it; pass the model's own."
+"""What is said where there is nothing to step with."""
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -33,20 +36,26 @@ def clip_gradients(optimizer: Optimizer, max_norm: float) -> float:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
-        raise StepError(
-            "optimizer has no parameter with a gradient, so the loss does not depend on it; pass the model's own."
-        )
-    total = _total_norm(gradients)
+        raise StepError(NO_GRADIENT)
+    total = norm_of_gradients(gradients)
     norm = total.item()
     if norm == math.inf:  # the sum of squares may have overflowed, and a large gradient is still a gradient
-        total = _norm_of_norms([torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients])
+        total = norm_of_gradients(gradients, is_large=True)
         norm = total.item()
     if 0 < max_norm < norm < math.inf:
         clip_grads_with_norm_(parameters, max_norm, total)
     return norm
 
 
-def _total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+def norm_of_gradients(gradients: list[torch.Tensor], *, is_large: bool = False) -> torch.Tensor:
+    """Return the L2 norm of all gradients together, 0-d.
+
+    Args:
+        gradients: whole tensors, or the parts of them that are here.
+        is_large: in double precision, for those whose sum of squares is more than their dtype holds.
+    """
+    if is_large:
+        return _norm_of_norms([torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients])
     if not any(gradient.dtype in _HALF for gradient in gradients):
         return get_total_norm(gradients)
     wide = (torch.float32 if gradient.dtype in _HALF else None for gradient in gradients)
@@ -71,5 +80,16 @@ def not_finite_reason(norm: float, model: nn.Module, optimizer: Optimizer) -> st
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
         if id(parameter) in trained and gradient is not None and not gradient.isfinite().all():
-            return f"grad_norm={norm} is not finite: the gradient of {name!r} is at fault; the step was skipped."
-    return f"grad_norm={norm} is not finite; the step was skipped."
+            return reason_of(norm, name)
+    return reason_of(norm, None)
+
+
+def reason_of(norm: float, name: str | None) -> str:
+    """Return why a gradient is refused, in words.
+
+    Args:
+        norm: the global norm, not finite.
+        name: of the parameter that is at fault; None if it is not known.
+    """
+    blame = "" if name is None else f": the gradient of {name!r} is at fault"
+    return f"grad_norm={norm} is not finite{blame}; the step was skipped."

@@ -8,11 +8,13 @@ from typing import TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from lightrft.backends.world import world_of
 from lightrft.data.sampler import ResumableSampler
 from lightrft.errors import ConfigError
+from lightrft.strategy.protocols.collectives import Collectives
 from lightrft.strategy.protocols.training import SetupDataloader
 
-__all__ = ["build_setup_dataloader"]
+__all__ = ["build_setup_dataloader", "build_setup_dataloader_of_ranks"]
 
 _Sample = TypeVar("_Sample")
 
@@ -41,6 +43,29 @@ def build_setup_dataloader(*, seed: int, rank: int, world_size: int) -> SetupDat
         return DataLoader(
             dataset, batch_size, sampler=sampler, collate_fn=collate_fn, drop_last=drop_last, generator=generator
         )
+
+    return setup_dataloader
+
+
+def build_setup_dataloader_of_ranks(collectives: Collectives, *, seed: int) -> SetupDataloader:
+    """Return `setup_dataloader` of a world that is asked for when a loader is made.
+
+    Args:
+        collectives: what the ranks do together.
+        seed: of the order of samples.
+    """
+
+    def setup_dataloader(
+        dataset: Dataset[_Sample],
+        batch_size: int,
+        *,
+        shuffle: bool = True,
+        collate_fn: Callable[[list[_Sample]], object] | None = None,
+        drop_last: bool = True,
+    ) -> DataLoader[_Sample]:
+        world = world_of(collectives)
+        setup = build_setup_dataloader(seed=seed, rank=world.rank, world_size=world.world_size)
+        return setup(dataset, batch_size, shuffle=shuffle, collate_fn=collate_fn, drop_last=drop_last)
 
     return setup_dataloader
 

@@ -53,7 +53,7 @@ def build_training(config: StrategyConfig) -> TrainingFunctions:
             config, create_optimizer=create_adamw, prepare=prepare
         ),
         prepare_reward_model=build_prepare_reward_model(place_model),
-        backward=build_backward(accumulation_steps=accumulation_steps),
+        backward=build_backward(equal_share=config.micro_train_batch_size / config.train_batch_size),
         optimizer_step=build_optimizer_step(max_norm=config.max_norm, accumulation_steps=accumulation_steps),
         named_tensors=named_tensors,
         unwrap_model=unwrap_autocast,

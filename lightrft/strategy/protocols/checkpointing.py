@@ -81,7 +81,8 @@ class SaveCkpt(Protocol):
         """Return the committed directory `save_dir/step-<step>`.
 
         Holds parameters, optimizer, schedule, position in the accumulation window with its gradients, random state of
-        every rank and `client_state`.
+        every rank and `client_state`. All ranks call it, with the same models: rank 0 writes whole tensors under the
+        names of the plain model, however they are sharded, gathered one at a time.
 
         Laws: a process killed at any instant leaves every committed checkpoint loadable; nothing is overwritten;
         nothing is removed before its successor is durable, and only directories that carry our manifest are ever
@@ -97,7 +98,9 @@ class SaveCkpt(Protocol):
             max_num: how many newest checkpoints stay, besides the one just saved if it is older; None keeps all.
 
         Raises:
-            CheckpointError: the step exists, or the files cannot be written.
+            CheckpointError: the step exists, the files cannot be written, the ranks have different models, or
+                gradients of an open window that were not yet reduced over ranks (`backward` was told
+                `is_boundary=False`).
             ConfigError: `client_state` holds what JSON cannot; its path is named.
         """
         ...
@@ -129,7 +132,8 @@ class LoadCkpt(Protocol):
             step: number of the checkpoint; None takes the newest committed one.
 
         Raises:
-            CheckpointError: there is none, it is damaged, or its names, shapes or dtypes are not the model's.
+            CheckpointError: there is none, it is damaged, its names, shapes or dtypes are not the model's, or it was
+                saved inside an accumulation window by another number of ranks or another way of sharding.
         """
         ...
 
@@ -156,13 +160,15 @@ class SaveModel(Protocol):
     ) -> Path:
         """Return the directory, in the Hugging Face layout: config, tokenizer and safetensors.
 
+        All ranks call it, and rank 0 writes.
+
         Args:
             model: the prepared or plain model.
             output_dir: a directory that does not exist yet or is empty.
             tokenizer: written beside the weights.
 
         Raises:
-            CheckpointError: the directory holds files, or cannot be written.
+            CheckpointError: the directory holds files, or cannot be written, or the ranks have different models.
         """
         ...
 

@@ -108,7 +108,9 @@ class SamplingParams:
         min_new_tokens: tokens before a stop token may be sampled.
         stop_token_ids: tokens that end a completion; the one that did is its last token.
         n: completions of each prompt.
-        seed: seed of the draws; each (prompt, sample) of a call has a random stream of its own.
+        seed: seed of the draws; each (prompt, sample) of a request has a random stream of its own.
+        first_prompt: number of the call's first prompt among those of the whole request; whoever splits a request
+            over calls or ranks says it, so that the draws are those of one call.
     """
 
     temperature: float = attrs.field(default=1.0, validator=at_least(0))
@@ -119,6 +121,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     n: int = attrs.field(default=1, validator=at_least(1, whole=True))
     seed: int = attrs.field(default=0, validator=at_least(0, whole=True))
+    first_prompt: int = attrs.field(default=0, validator=at_least(0, whole=True))
 
 
 @attrs.frozen(kw_only=True)
@@ -220,7 +223,8 @@ class Generate(Protocol):
         """Return n completions of each prompt, prompt by prompt, in the order of the prompts.
 
         Laws: order and number match the requests; logprobs agree with the trainer's own; greedy generation is
-        deterministic; sampling is by the seed.
+        deterministic; sampling is by the seed; a part of a request, with the number of its `first_prompt`, is given
+        what the whole request would give it.
 
         Args:
             handle: an engine that is awake.

@@ -204,19 +204,31 @@ class Backward(Protocol):
     """Adds one micro-batch's gradient to the window."""
 
     def __call__(
-        self, loss: torch.Tensor, model: nn.Module, optimizer: Optimizer, *, weight: float | None = None
+        self,
+        loss: torch.Tensor,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        weight: float | None = None,
+        is_boundary: bool | None = None,
     ) -> None:
-        """Accumulate the gradient of `weight * loss`.
+        """Accumulate the gradient of `weight * loss`; over ranks, gradients are summed.
 
         Laws: k micro-batches and one batch of all their samples give the same step; with weights that are shares of the
         whole (tokens of the micro-batch over tokens of the window), the step is the same for any partition of the
-        samples.
+        samples over micro-batches and ranks. What `is_boundary` says changes no step, only when ranks exchange
+        gradients.
+
+        All ranks call it equally often in a window; one with fewer micro-batches repeats one with a weight of 0.
 
         Args:
             loss: 0-d, the mean over the micro-batch.
             model: the prepared model.
             optimizer: its optimizer.
-            weight: the micro-batch's share of the window; None means equal shares, 1 / accumulation steps.
+            weight: the micro-batch's share of the window of all ranks; None means equal shares,
+                micro_train_batch_size / train_batch_size.
+            is_boundary: False promises that more micro-batches of the window follow, True that this is the last one on
+                this rank; None promises nothing. The `optimizer_step` that follows is held to it.
 
         Raises:
             StepError: the loss is not 0-d or has no gradient, or the weight is not finite.
@@ -244,7 +256,8 @@ class OptimizerStep(Protocol):
             is_boundary: whether the window is complete; None counts micro-batches.
 
         Raises:
-            StepError: no `backward` came before.
+            StepError: no `backward` came before, or it was told otherwise about the window's end. Nothing has changed
+                then: the call may be made again.
         """
         ...
 

@@ -201,6 +201,8 @@ def equal_windows(
 def uneven_windows(draw: DrawFn, *, vocabulary: int, world_size: int, num_samples: int, exact: bool) -> Window:
     """Return a strategy for all partitions of samples over ranks and micro-batches, in any order.
 
+    All ranks have equally many micro-batches, as `Backward` asks: one that got fewer repeats its first with weight 0.
+
     Args:
         draw: hypothesis' own.
         vocabulary: number of token ids.
@@ -225,4 +227,6 @@ def uneven_windows(draw: DrawFn, *, vocabulary: int, world_size: int, num_sample
     for owner, size in zip(owners, shuffled, strict=True):
         ranks[owner].append(MicroBatch(samples=tuple(samples[:size]), weight=size / num_samples))
         del samples[:size]
-    return Window(ranks=tuple(tuple(batches) for batches in ranks))
+    most = max(map(len, ranks))
+    idle = [[attrs.evolve(batches[0], weight=0.0)] * (most - len(batches)) for batches in ranks]
+    return Window(ranks=tuple((*batches, *more) for batches, more in zip(ranks, idle, strict=True)))

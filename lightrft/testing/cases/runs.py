@@ -164,7 +164,14 @@ def tensors_of(strategy: Strategy, model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in strategy.named_tensors(model)}
 
 
-def forward_backward(strategy: Strategy, trainable: Trainable, batch: MicroBatch, kind: LossKind) -> float:
+def forward_backward(
+    strategy: Strategy,
+    trainable: Trainable,
+    batch: MicroBatch,
+    kind: LossKind,
+    *,
+    is_boundary: bool | None = None,
+) -> float:
     """Add the gradient of a micro-batch, and return its loss.
 
     Args:
@@ -172,11 +179,12 @@ def forward_backward(strategy: Strategy, trainable: Trainable, batch: MicroBatch
         trainable: what is trained.
         batch: the micro-batch.
         kind: which loss.
+        is_boundary: what backward is told of the window's end.
     """
     broken = None if batch.fault is None else BROKEN.get(batch.fault)
     logits_BTV = trainable.model(input_ids_of(batch.samples), broken)
     loss = micro_batch_loss(logits_BTV, batch, kind)
-    strategy.backward(loss, trainable.model, trainable.optimizer, weight=batch.weight)
+    strategy.backward(loss, trainable.model, trainable.optimizer, weight=batch.weight, is_boundary=is_boundary)
     return loss.item()
 
 

@@ -62,9 +62,16 @@ def _checked_create_optimizer(strategy: Strategy) -> CreateOptimizer:
 def _checked_backward(strategy: Strategy) -> Backward:
     inner = strategy.backward
 
-    def backward(loss: torch.Tensor, model: nn.Module, optimizer: Optimizer, *, weight: float | None = None) -> None:
+    def backward(
+        loss: torch.Tensor,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        weight: float | None = None,
+        is_boundary: bool | None = None,
+    ) -> None:
         before, rates = _state(strategy, model), _rates(optimizer)
-        inner(loss, model, optimizer, weight=weight)
+        inner(loss, model, optimizer, weight=weight, is_boundary=is_boundary)
         changed = changed_names(before, _state(strategy, model))
         problem = f"{changed} changed, and gradients alone may" if changed else None
         if _rates(optimizer) != rates:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 from torch import Tensor, nn
 
-from lightrft.backends.collectives.streams import capture_streams
+from lightrft.backends.streams import capture_streams
 from lightrft.errors import ConfigError, EngineStateError, LawError, LightRFTError, WeightSyncError
 from lightrft.strategy.protocols import Completion, EngineHandle, Prompt, SamplingParams, SyncReport
 from lightrft.strategy.record import Strategy

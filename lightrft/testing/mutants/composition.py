@@ -33,10 +33,19 @@ def _knows_its_first_model(strategy: Strategy, config: StrategyConfig) -> Strate
     del config
     known = list[nn.Module]()
 
-    def backward(loss: torch.Tensor, model: nn.Module, optimizer: Optimizer, *, weight: float | None = None) -> None:
+    def backward(
+        loss: torch.Tensor,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        weight: float | None = None,
+        is_boundary: bool | None = None,
+    ) -> None:
         known.append(model)
         # what belongs to a later model is scaled by what was meant for the first one
-        strategy.backward(loss if model is known[0] else loss * 2, model, optimizer, weight=weight)
+        strategy.backward(
+            loss if model is known[0] else loss * 2, model, optimizer, weight=weight, is_boundary=is_boundary
+        )
 
     return attrs.evolve(strategy, backward=backward)
 

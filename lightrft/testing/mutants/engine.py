@@ -241,6 +241,10 @@ def _seed_by_batch(prompts: Sequence[Prompt], sampling: SamplingParams) -> _Requ
     return list(prompts), attrs.evolve(sampling, seed=sampling.seed + len(prompts) * sampling.n)
 
 
+def _numbered_from_0(prompts: Sequence[Prompt], sampling: SamplingParams) -> _Request:
+    return list(prompts), attrs.evolve(sampling, first_prompt=0)
+
+
 def _no_top_k(prompts: Sequence[Prompt], sampling: SamplingParams) -> _Request:
     return list(prompts), attrs.evolve(sampling, top_k=0)
 
@@ -358,6 +362,7 @@ MUTANTS: tuple[Mutant, ...] = (
     engine_mutant("engine.global_seed", "The seed comes from torch's global stream.", _asking(_other_seed)),
     engine_mutant("engine.one_seed", "All seeds give the same draws.", _asking(_one_seed)),
     engine_mutant("engine.batch_seed", "Random streams depend on how much is in the call.", _asking(_seed_by_batch)),
+    engine_mutant("engine.numbered_from_0", "A part of a request draws as its first part.", _asking(_numbered_from_0)),
     engine_mutant("engine.no_top_k", "top_k does nothing.", _asking(_no_top_k)),
     engine_mutant("engine.no_top_p", "top_p does nothing.", _asking(_no_top_p)),
     engine_mutant("engine.top_p_alone", "top_k does nothing beside top_p.", _asking(_top_p_alone)),

@@ -39,8 +39,15 @@ def _backward_mutant(
     def breaks(strategy: Strategy, config: StrategyConfig, /) -> Strategy:
         inner = strategy.backward
 
-        def backward(loss: Tensor, model: nn.Module, optimizer: Optimizer, *, weight: float | None = None) -> None:
-            inner(loss, model, optimizer, weight=weigh(weight, optimizer, config))
+        def backward(
+            loss: Tensor,
+            model: nn.Module,
+            optimizer: Optimizer,
+            *,
+            weight: float | None = None,
+            is_boundary: bool | None = None,
+        ) -> None:
+            inner(loss, model, optimizer, weight=weigh(weight, optimizer, config), is_boundary=is_boundary)
 
         return attrs.evolve(strategy, backward=backward)
 

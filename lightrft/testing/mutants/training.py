@@ -385,8 +385,15 @@ def _accept_vectors(strategy: Strategy, config: StrategyConfig, /) -> Strategy:
     del config
     inner = strategy.backward
 
-    def backward(loss: Tensor, model: nn.Module, optimizer: Optimizer, *, weight: float | None = None) -> None:
-        inner(loss.mean(), model, optimizer, weight=weight)
+    def backward(
+        loss: Tensor,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        weight: float | None = None,
+        is_boundary: bool | None = None,
+    ) -> None:
+        inner(loss.mean(), model, optimizer, weight=weight, is_boundary=is_boundary)
 
     return attrs.evolve(strategy, backward=backward)
 
@@ -395,9 +402,16 @@ def _pass_over_constants(strategy: Strategy, config: StrategyConfig, /) -> Strat
     del config
     inner = strategy.backward
 
-    def backward(loss: Tensor, model: nn.Module, optimizer: Optimizer, *, weight: float | None = None) -> None:
+    def backward(
+        loss: Tensor,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        weight: float | None = None,
+        is_boundary: bool | None = None,
+    ) -> None:
         if loss.requires_grad:
-            inner(loss, model, optimizer, weight=weight)
+            inner(loss, model, optimizer, weight=weight, is_boundary=is_boundary)
 
     return attrs.evolve(strategy, backward=backward)
 
@@ -406,9 +420,16 @@ def _pass_over_weights(strategy: Strategy, config: StrategyConfig, /) -> Strateg
     del config
     inner = strategy.backward
 
-    def backward(loss: Tensor, model: nn.Module, optimizer: Optimizer, *, weight: float | None = None) -> None:
+    def backward(
+        loss: Tensor,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        weight: float | None = None,
+        is_boundary: bool | None = None,
+    ) -> None:
         if weight is None or math.isfinite(weight):
-            inner(loss, model, optimizer, weight=weight)
+            inner(loss, model, optimizer, weight=weight, is_boundary=is_boundary)
 
     return attrs.evolve(strategy, backward=backward)
 
@@ -417,9 +438,16 @@ def _mark_refused(strategy: Strategy, config: StrategyConfig, /) -> Strategy:
     del config
     inner = strategy.backward
 
-    def backward(loss: Tensor, model: nn.Module, optimizer: Optimizer, *, weight: float | None = None) -> None:
+    def backward(
+        loss: Tensor,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        weight: float | None = None,
+        is_boundary: bool | None = None,
+    ) -> None:
         mark_backward(optimizer)
-        inner(loss, model, optimizer, weight=weight)
+        inner(loss, model, optimizer, weight=weight, is_boundary=is_boundary)
 
     return attrs.evolve(strategy, backward=backward)
 

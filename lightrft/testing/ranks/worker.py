@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from lightrft.backends.collectives.streams import new_streams, restore_streams
+from lightrft.backends.streams import new_streams, restore_streams
 from lightrft.config import EngineConfig, StrategyConfig
 from lightrft.testing.plain import from_json, to_json
 from lightrft.testing.ranks.here import strategies_torn_down

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lightrft.backends.checkpointing.canonical import CheckpointFunctions, build_checkpointing
+from lightrft.backends.checkpointing.live import build_live_access
 from lightrft.backends.collectives.single import build_collectives
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.protocols.training import Trainable
@@ -54,7 +55,7 @@ def checkpointing() -> CheckpointFunctions:
         return getattr(model, "wrapped", model)
 
     return build_checkpointing(
-        collectives=build_collectives(StrategyConfig(strategy="single", seed=7)), unwrap_model=unwrap_model
+        collectives=build_collectives(StrategyConfig(strategy="single", seed=7)), access=build_live_access(unwrap_model)
     )
 
 

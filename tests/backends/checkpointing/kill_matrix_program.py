@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from lightrft.backends.checkpointing.canonical import build_checkpointing
+from lightrft.backends.checkpointing.live import build_live_access
 from lightrft.backends.collectives.single import build_collectives
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.protocols.training import Trainable
@@ -93,7 +94,7 @@ def main(root: Path) -> None:
     torch.set_num_threads(1)
     collectives = build_collectives(StrategyConfig(strategy="single"))
     collectives.setup_distributed()
-    functions = build_checkpointing(collectives=collectives, unwrap_model=unwrap_model)
+    functions = build_checkpointing(collectives=collectives, access=build_live_access(unwrap_model))
     base = root / "base"
     for step in (1, 2):
         functions.save_ckpt(make(float(step)), base, step=step, client_state={"value": step})

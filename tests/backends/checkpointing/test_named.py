@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from lightrft.backends.checkpointing.named import difference
+from lightrft.backends.checkpointing.named import difference, named_state
 
 
 def test_equal_tables_have_no_difference() -> None:
@@ -26,3 +29,13 @@ def test_five_names_are_shown(count: int, tail: str) -> None:
     shown = ", ".join(names[:5]) + tail
     assert difference(saved={}, live=dict.fromkeys(names, 0)) == f"lacks {shown}"
     assert difference(saved=dict.fromkeys(names, 0), live={}) == f"has what the live state lacks: {shown}"
+
+
+def test_wrappers_leave_no_trace_in_the_names() -> None:
+    """Activation checkpointing and compilation around any module change no name; only whole words are taken out."""
+    plain = nn.Sequential(nn.Linear(1, 1), nn.ModuleDict({"my_orig_mod": nn.Linear(1, 1)}))
+    expected = list(named_state(plain, owner="model").tensors)
+    assert expected == ["0.weight", "0.bias", "1.my_orig_mod.weight", "1.my_orig_mod.bias"]
+    plain[0] = torch.compile(checkpoint_wrapper(plain[0]))
+    assert list(named_state(plain, owner="model").tensors) == expected
+    assert list(named_state(torch.compile(plain), owner="model").tensors) == expected

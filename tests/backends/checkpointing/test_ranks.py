@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from lightrft.backends.checkpointing.canonical import CheckpointFunctions, build_checkpointing
+from lightrft.backends.checkpointing.live import build_live_access
 from lightrft.backends.collectives.single import build_collectives
 from lightrft.errors import CheckpointError, ConfigError, LightRFTError
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.protocols.collectives import Collectives, TensorTree, World
+from lightrft.strategy.protocols.training import Trainable
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
@@ -51,7 +53,7 @@ def on_ranks(world_size: int, action: Callable[[CheckpointFunctions, int], objec
 
     def run(rank: int, collectives: Collectives) -> object:
         try:
-            return action(build_checkpointing(collectives=collectives, unwrap_model=unwrap_model), rank)
+            return action(build_checkpointing(collectives=collectives, access=build_live_access(unwrap_model)), rank)
         except LightRFTError as error:  # ranks agree on these, so nobody is left waiting
             return error
         except Exception as error:  # noqa: BLE001 (it is compared)
@@ -108,6 +110,56 @@ def test_an_error_of_one_rank_is_an_error_of_all(tmp_path: Path) -> None:
         return functions.save_ckpt(nn.Linear(2, 2), tmp_path / "run", step=1)
 
     assert [type(error) for error in on_ranks(2, save_again)] == [CheckpointError] * 2
+
+
+def test_ranks_with_different_models_save_nothing(tmp_path: Path) -> None:
+    """Ranks that would gather different tensors are told so before anything is written, by both kinds of saving."""
+
+    def save(functions: CheckpointFunctions, rank: int) -> object:
+        return functions.save_ckpt(nn.Linear(2, 2 + rank // 2), tmp_path / "run")
+
+    def export(functions: CheckpointFunctions, rank: int) -> object:
+        return functions.save_model(nn.Linear(2, 2 + rank // 2), tmp_path / "out")
+
+    for action in (save, export):
+        for error in on_ranks(3, action):
+            assert isinstance(error, CheckpointError)
+            assert str(error).startswith("rank 2 has tensors of other names, shapes or dtypes than rank 0")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_schedule_that_one_rank_refuses_changes_none(tmp_path: Path) -> None:
+    """Where the schedule of rank 1 fails while it is restored, no rank has another rate, parameter or schedule."""
+
+    class Refusing(torch.optim.lr_scheduler.LambdaLR):
+        def load_state_dict(self, state_dict: dict[str, object]) -> None:
+            if state_dict["last_epoch"] == 3:
+                raise RuntimeError("not mine")
+            super().load_state_dict(state_dict)
+
+    def trainable(kind: type[torch.optim.lr_scheduler.LambdaLR]) -> Trainable:
+        model = nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        return Trainable(model, optimizer, kind(optimizer, lambda step: 1 / (1 + step)))
+
+    def save(functions: CheckpointFunctions, rank: int) -> object:
+        del rank
+        saved = trainable(torch.optim.lr_scheduler.LambdaLR)
+        for _ in range(3):
+            saved.optimizer.step()
+            saved.scheduler.step()
+        return functions.save_ckpt(saved, tmp_path)
+
+    def load(functions: CheckpointFunctions, rank: int) -> object:
+        live = trainable(Refusing if rank == 1 else torch.optim.lr_scheduler.LambdaLR)
+        weight = live.model.weight.detach().clone()
+        with pytest.raises(CheckpointError, match=r"the schedule refuses .*not mine"):
+            functions.load_ckpt(live, tmp_path)
+        untouched = torch.equal(live.model.weight, weight)
+        return untouched, live.scheduler.last_epoch, live.optimizer.param_groups[0]["lr"]
+
+    on_ranks(2, save)
+    assert on_ranks(2, load) == [(True, 0, 1.0)] * 2
 
 
 def test_models_are_exported_once(tmp_path: Path) -> None:

@@ -14,15 +14,20 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import attrs
 import pytest
 import safetensors
 import torch
 from torch import nn
 
 import lightrft
-from lightrft.backends.checkpointing.canonical import CheckpointFunctions
+from lightrft.backends.checkpointing.access import ModelState
+from lightrft.backends.checkpointing.canonical import CheckpointFunctions, build_checkpointing
 from lightrft.backends.checkpointing.durable import commit, staging, write_file
+from lightrft.backends.checkpointing.live import build_live_access
+from lightrft.backends.collectives.single import build_collectives
 from lightrft.errors import CheckpointError, ConfigError, UnsupportedError
+from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.protocols.training import Trainable
 
 Make = Callable[..., Trainable]
@@ -311,20 +316,26 @@ def test_a_limit_on_file_sizes_is_one_clear_line(tmp_path: Path, checkpointing: 
     assert names(tmp_path) == ["step-00000001"]
 
 
-def test_a_directory_removed_while_writing_is_one_clear_line(
-    tmp_path: Path, checkpointing: CheckpointFunctions, make_trainable: Make
-) -> None:
+def test_a_directory_removed_while_writing_is_one_clear_line(tmp_path: Path) -> None:
     """A directory that vanishes during a save ends it with one line."""
+    access = build_live_access(lambda model: model)
+    model = nn.Linear(1, 1, bias=False)
 
-    class Vanishing(torch.optim.lr_scheduler.LambdaLR):
-        def state_dict(self) -> dict[str, object]:
+    def model_state(model: nn.Module, *, owner: str) -> ModelState:
+        def remove_and_read() -> torch.Tensor:
             shutil.rmtree(tmp_path / "run")
-            return super().state_dict()
+            return tensor.read()
 
-    trainable = make_trainable(0, schedule="none")
-    schedule = Vanishing(trainable.optimizer, lambda step: 1.0 + 0 * step)
+        state = access.model_state(model, owner=owner)
+        tensor = state.tensors["weight"]
+        return attrs.evolve(state, tensors={"weight": attrs.evolve(tensor, read=remove_and_read)})
+
+    functions = build_checkpointing(
+        collectives=build_collectives(StrategyConfig(strategy="single")),
+        access=attrs.evolve(access, model_state=model_state),
+    )
     with pytest.raises(CheckpointError, match=r"failed: No such file or directory .*; free space"):
-        checkpointing.save_ckpt(trainable._replace(scheduler=schedule), tmp_path / "run")
+        functions.save_ckpt(model, tmp_path / "run")
 
 
 def test_file_systems_without_locks_work(

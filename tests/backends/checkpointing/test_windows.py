@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lightrft.backends.checkpointing.canonical import CheckpointFunctions, build_checkpointing
+from lightrft.backends.checkpointing.live import build_live_access
 from lightrft.backends.collectives.simulated import build_collectives, run_simulated
 from lightrft.errors import CheckpointError
 from lightrft.strategy.config import StrategyConfig
@@ -20,7 +21,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 
 
 CHECKPOINTING: CheckpointFunctions = build_checkpointing(
-    collectives=build_collectives(StrategyConfig()), unwrap_model=unwrap_model
+    collectives=build_collectives(StrategyConfig()), access=build_live_access(unwrap_model)
 )
 
 

@@ -237,6 +237,21 @@ def test_print_prints_once(run: RunOnRanks, programs: ModuleType) -> None:
     assert run(programs.printed, "step") == ["step 0\n", "", ""]
 
 
+def test_the_probe_takes_four_operations(run: RunOnRanks, programs: ModuleType) -> None:
+    """Sum and mean by all_reduce and by reduce_scatter: what a new group costs at its start, and no more."""
+    assert run(programs.probe_cost, 0) == [4] * RANKS
+
+
+@pytest.mark.parametrize("name", ["all_reduce", "reduce_scatter"])
+def test_sums_in_the_place_of_means_are_found(run: RunOnRanks, programs: ModuleType, name: str) -> None:
+    """A backend that sums where it should average is an error on all ranks, with its name and torch's version."""
+    scatter = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+    for message in run(programs.probe_of_sums, scatter if name == "reduce_scatter" else name):
+        assert f"the AVG of the numbers 1 to 3 over ranks by {name} is 6 and must be 2" in message
+        assert "gloo" in message
+        assert torch.__version__ in message
+
+
 def test_without_a_launcher_the_world_has_one_rank(no_launcher: pytest.MonkeyPatch) -> None:
     """One process needs no address and no port, and its collectives equal those of "single"."""
     del no_launcher
@@ -268,7 +283,10 @@ def test_functions_match_their_contracts(no_launcher: pytest.MonkeyPatch) -> Non
     ("variables", "words"),
     [
         ({"WORLD_SIZE": "2"}, "MASTER_ADDR|RANK is not set"),
-        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "RANK='2' is no integer"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+            "RANK='2' is not an integer from 0 to 1",
+        ),
         ({"WORLD_SIZE": "2", "RANK": "one", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "RANK='one'"),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT is not set"),
     ],
@@ -290,6 +308,18 @@ def test_a_timeout_is_positive(no_launcher: pytest.MonkeyPatch, timeout: float) 
     del no_launcher
     with pytest.raises(ConfigError, match="not a positive number of seconds"):
         torch_dist.build_collectives(StrategyConfig()).setup_distributed(timeout)
+
+
+def test_a_busy_port_is_named(no_launcher: pytest.MonkeyPatch) -> None:
+    """Where another program has the port, the rank that was to hold the store says so."""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            no_launcher.setenv(name, value)
+        with pytest.raises(ConfigError, match=f"MASTER_PORT={port} is in use on 127.0.0.1"):
+            torch_dist.build_collectives(StrategyConfig()).setup_distributed(1.0)
 
 
 def test_ranks_that_never_start_are_an_error(no_launcher: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightrft.backends.collectives.probe import probe_reductions
 from lightrft.errors import CollectiveError, LightRFTError
 from lightrft.strategy.record import Strategy
 from lightrft.testing.subject import Rank
@@ -239,3 +240,29 @@ def store_gone(rank: Rank, port: int) -> str:
         return refused(strategy.barrier)
     finally:
         os.environ.update(LAUNCH)
+
+
+def probe_cost(rank: Rank, case: int) -> int:
+    """How many operations of the group the probe takes."""
+    del case
+    joined(rank)
+    group = dist.group.WORLD
+    before = group._get_sequence_number_for_group()
+    probe_reductions(torch.device("cpu"))
+    return group._get_sequence_number_for_group() - before
+
+
+def probe_of_sums(rank: Rank, name: str) -> str:
+    """What the probe says of a backend that sums where it should average, as gloo once did."""
+    joined(rank)
+    right = getattr(dist, name)
+
+    def sums(*tensors: Tensor, op: object) -> object:
+        del op
+        return right(*tensors, op=dist.ReduceOp.SUM)
+
+    setattr(dist, name, sums)
+    try:
+        return refused(lambda: probe_reductions(torch.device("cpu")))
+    finally:
+        setattr(dist, name, right)

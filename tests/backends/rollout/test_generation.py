@@ -145,6 +145,9 @@ def test_tokens_do_not_depend_on_the_batch(tiny_model: BuildTinyModel, path: Pat
     for index, made in zip(order, alone, strict=True):
         assert [one.prompt_index for one in made] == [index] * 3
         assert _tokens(made) == _tokens(whole[3 * index : 3 * index + 3])
+    rest = generator.generate(RAGGED[3:], attrs.evolve(params, first_prompt=3))
+    assert [one.prompt_index for one in rest] == [3] * 3 + [4] * 3
+    assert _tokens(rest) == _tokens(whole[9:])
 
 
 def test_seeds_prompts_and_samples_have_streams_of_their_own(tiny_model: BuildTinyModel) -> None:

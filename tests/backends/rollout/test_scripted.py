@@ -51,6 +51,14 @@ def test_completions_follow_the_script_in_turn() -> None:
     assert {c.finish_reason for c in completions} == {"stop"}
 
 
+def test_a_part_of_a_request_goes_on_in_the_script() -> None:
+    """The number of the first prompt is the place in the script, counted in completions."""
+    handle = start("a", "b", "c")
+    sampling = SamplingParams(n=2, max_new_tokens=8, stop_token_ids=(0,), first_prompt=1)
+    completions = handle.engine.generate(handle, [Prompt(token_ids=(1,))], sampling)
+    assert [c.token_ids for c in completions] == [(99, 0), (97, 0)]
+
+
 def test_an_empty_text_of_the_script_is_a_completion_that_ends_at_once() -> None:
     """An empty text gives the stop token alone, and no echo; without a stop token there is nothing to give."""
     handle = start("", "a")

@@ -18,7 +18,8 @@ from lightrft.backends.training.clipping import clip_gradients, not_finite_reaso
 from lightrft.backends.training.record import TrainingFunctions
 from lightrft.backends.training.schedule import build_schedule
 from lightrft.backends.training.single import build_training
-from lightrft.backends.training.window import MICRO_BATCHES, PENDING, open_window
+from lightrft.backends.training.step import build_backward
+from lightrft.backends.training.window import MICRO_BATCHES, PENDING, PROMISE, open_window
 from lightrft.errors import StepError
 from lightrft.strategy.config import StrategyConfig
 
@@ -430,7 +431,7 @@ def test_a_window_opens_empty_and_closes_empty() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     open_window(optimizer)
     group = optimizer.param_groups[0]
-    assert (group[MICRO_BATCHES], group[PENDING]) == (0, False)
+    assert (group[MICRO_BATCHES], group[PENDING], group[PROMISE]) == (0, False, None)
     strategy = training(train_batch_size=2)
     positions = []
     for part in range(2):
@@ -453,3 +454,76 @@ def test_an_optimizer_that_was_never_prepared_counts_from_the_first_micro_batch(
         strategy.backward(mean_loss(model, *samples(1, seed=part)), model, optimizer)
         stepped.append(strategy.optimizer_step(optimizer, model, None).stepped)
     assert stepped == [False, False, True]
+
+
+@pytest.mark.parametrize("is_counted", [True, False])
+@pytest.mark.parametrize("promise", [True, False])
+def test_a_step_that_contradicts_backward_is_refused_and_can_be_made_again(promise: bool, is_counted: bool) -> None:
+    """What backward was told of the window's end holds: another step changes nothing, and the right one then steps."""
+    model, reference = network(), network()
+    # counted, the window would end where backward was promised another micro-batch, and the other way round
+    strategy = training(max_norm=0.0, train_batch_size=3 if promise else 2)
+    plain = training(max_norm=0.0, train_batch_size=2 if promise else 3)
+    optimizers = {id(each): strategy.create_optimizer(each, lr=0.01) for each in (model, reference)}
+    optimizer, its = optimizers[id(model)], optimizers[id(reference)]
+    for part in range(2):
+        for each, each_optimizer in ((model, optimizer), (reference, its)):
+            said = promise if part and each is model else None
+            loss = mean_loss(each, *samples(2, seed=part))
+            strategy.backward(loss, each, each_optimizer, weight=0.5, is_boundary=said)
+        if not part:
+            strategy.optimizer_step(optimizer, model, None, is_boundary=False)
+            plain.optimizer_step(its, reference, None, is_boundary=False)
+    before, group = snapshot(model, optimizer), dict(optimizer.param_groups[0])
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    with pytest.raises(StepError, match=f"is_boundary={promise} was said to backward") as error:
+        strategy.optimizer_step(optimizer, model, None, is_boundary=None if is_counted else not promise)
+    assert f"call optimizer_step with is_boundary={promise}" in str(error.value)
+    assert_same_bits(snapshot(model, optimizer), before)
+    assert dict(optimizer.param_groups[0]) == group
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+    result = strategy.optimizer_step(optimizer, model, None, is_boundary=promise)
+    assert result == plain.optimizer_step(its, reference, None, is_boundary=promise)
+    assert result.stepped is promise
+    assert optimizer.param_groups[0][PROMISE] is None
+    assert_same_bits(snapshot(model, optimizer), snapshot(reference, its))
+
+
+def test_the_last_backward_before_a_step_decides_what_was_promised() -> None:
+    """A micro-batch of two losses has two backwards; the second one says whether more follow."""
+    model = network()
+    strategy = training()
+    optimizer = strategy.create_optimizer(model)
+    for promise in (False, True):
+        strategy.backward(mean_loss(model, *samples(2)), model, optimizer, is_boundary=promise)
+    assert strategy.optimizer_step(optimizer, model, None).stepped
+
+
+def test_a_promise_is_forgotten_after_its_step() -> None:
+    """It binds one step: the next micro-batch, which says nothing, may end the window by the count."""
+    model = network()
+    strategy = training(train_batch_size=2)
+    optimizer = strategy.create_optimizer(model)
+    strategy.backward(mean_loss(model, *samples(2)), model, optimizer, is_boundary=False)
+    assert not strategy.optimizer_step(optimizer, model, None).stepped
+    strategy.backward(mean_loss(model, *samples(2)), model, optimizer)
+    assert strategy.optimizer_step(optimizer, model, None).stepped
+
+
+@pytest.mark.parametrize(("is_boundary", "sync"), [(None, True), (True, True), (False, False)])
+def test_gradients_are_exchanged_unless_more_micro_batches_were_promised(is_boundary: bool | None, sync: bool) -> None:
+    """The hook is told, with the model, before the loss has its backward; a refused loss does not reach it."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    calls: list[tuple[nn.Module, bool, bool]] = []
+
+    def set_gradient_sync(model: nn.Module, sync: bool) -> None:
+        calls.append((model, sync, all(parameter.grad is None for parameter in model.parameters())))
+
+    backward = build_backward(equal_share=0.5, set_gradient_sync=set_gradient_sync)
+    with pytest.raises(StepError):
+        backward(torch.ones(()), model, optimizer, is_boundary=is_boundary)
+    assert calls == []
+    backward(mean_loss(model, *samples(2)), model, optimizer, is_boundary=is_boundary)
+    assert calls == [(model, sync, True)]

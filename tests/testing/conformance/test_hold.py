@@ -30,7 +30,6 @@ LAWS = {**STRATEGY_LAWS, **ENGINE_LAWS}
 SINGLE = subject_of("single", "strategy")
 
 
-@pytest.mark.filterwarnings("ignore:strategy='(deepspeed|fsdp2)' with one process is 'single':UserWarning")
 @pytest.mark.parametrize("law", STRATEGY_LAWS)
 @pytest.mark.parametrize("target", STRATEGIES)
 def test_every_strategy_obeys_every_law(target: str, law: str) -> None:

@@ -50,10 +50,11 @@ def test_the_gradient_of_an_exact_case_has_no_rounding_error(case: RunCase) -> N
 def test_every_rank_of_an_uneven_window_has_work_and_weights_are_shares(
     data: st.DataObject, world_size: int, exact: bool
 ) -> None:
-    """Each rank has a micro-batch or more, and the weights of all of them sum to 1."""
+    """Each rank has equally many micro-batches, one with a weight or more, and the weights of all sum to 1."""
     window = data.draw(uneven_windows(vocabulary=3, world_size=world_size, num_samples=8, exact=exact))
-    assert all(window.ranks)
-    assert len(samples_of(window)) == 8
+    assert len(set(map(len, window.ranks))) == 1
+    assert all(any(batch.weight for batch in batches) for batches in window.ranks)
+    assert sum(len(batch.samples) for batches in window.ranks for batch in batches if batch.weight) == 8
     weights = [batch.weight or 0.0 for batches in window.ranks for batch in batches]
     assert math.isclose(sum(weights), 1.0)
 

@@ -33,9 +33,16 @@ def build_louder(config: StrategyConfig) -> Strategy:
     """The strategy "single" with a backward of one's own."""
     single = STRATEGIES["single"](config)
 
-    def backward(loss: torch.Tensor, model: nn.Module, optimizer: Optimizer, *, weight: float | None = None) -> None:
+    def backward(
+        loss: torch.Tensor,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        weight: float | None = None,
+        is_boundary: bool | None = None,
+    ) -> None:
         single.print("loss", loss.item())
-        single.backward(loss, model, optimizer, weight=weight)
+        single.backward(loss, model, optimizer, weight=weight, is_boundary=is_boundary)
 
     return attrs.evolve(single, backward=backward)
 

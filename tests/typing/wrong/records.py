@@ -19,7 +19,14 @@ strategy = get_strategy(StrategyConfig())
 engine = ENGINES["scripted"](EngineConfig())
 
 
-def first(loss: torch.Tensor, model: nn.Module, optimizer: Optimizer, *, weight: float | None = None) -> int:
+def first(
+    loss: torch.Tensor,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    weight: float | None = None,
+    is_boundary: bool | None = None,
+) -> int:
     """A backward that returns something."""
     return 0
 

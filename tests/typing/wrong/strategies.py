@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightrft.strategy import Strategy, StrategyConfig, Training, get_strategy
+from lightrft.loops.train_step import train_step
+from lightrft.strategy import Strategy, StrategyConfig, Trainable, Training, get_strategy
 from lightrft.strategy.protocols.training import Backward
 
 strategy = get_strategy(StrategyConfig())
@@ -26,11 +27,25 @@ def fit(training: Training) -> None:
     """A loop."""
 
 
-def other_name(value: torch.Tensor, model: nn.Module, optimizer: Optimizer, *, weight: float | None = None) -> None:
+def other_name(
+    value: torch.Tensor,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    weight: float | None = None,
+    is_boundary: bool | None = None,
+) -> None:
     """The first parameter is called `loss`."""
 
 
-def other_type(loss: float, model: nn.Module, optimizer: Optimizer, *, weight: float | None = None) -> None:
+def other_type(
+    loss: float,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    weight: float | None = None,
+    is_boundary: bool | None = None,
+) -> None:
     """The loss is a tensor."""
 
 
@@ -39,8 +54,26 @@ def other_result() -> str:
     return "0"
 
 
-def without_weight(loss: torch.Tensor, model: nn.Module, optimizer: Optimizer) -> None:
+def without_weight(
+    loss: torch.Tensor, model: nn.Module, optimizer: Optimizer, *, is_boundary: bool | None = None
+) -> None:
     """A loop may pass a weight."""
+
+
+def without_boundary(
+    loss: torch.Tensor, model: nn.Module, optimizer: Optimizer, *, weight: float | None = None
+) -> None:
+    """A loop may say that more micro-batches follow."""
+
+
+def loss_of_text(model: nn.Module, text: str) -> torch.Tensor:
+    """The micro-batches are tensors."""
+    return torch.ones(())
+
+
+def mean_of(model: nn.Module, batch: torch.Tensor) -> float:
+    """A loss is a tensor, with its graph."""
+    return 0.0
 
 
 def build_nothing(config: StrategyConfig) -> None:
@@ -54,6 +87,7 @@ named: Backward = other_name  # mypy: assignment, pyright: reportAssignmentType
 attrs.evolve(strategy, backward=other_type)  # mypy: arg-type
 attrs.evolve(strategy, get_rank=other_result)  # mypy: arg-type
 weighted: Backward = without_weight  # mypy: assignment, pyright: reportAssignmentType
+promising: Backward = without_boundary  # mypy: assignment, pyright: reportAssignmentType
 strategy.backward = strategy.backward  # mypy: misc, pyright: reportAttributeAccessIssue
 get_strategy({}, registry={"nothing": build_nothing})  # mypy: dict-item, pyright: reportArgumentType
 
@@ -63,6 +97,11 @@ strategy.create_optimizer(model, 1e-3)  # mypy: call-arg, pyright: reportCallIss
 strategy.optimizer_step(optimizer, model)  # mypy: call-arg, pyright: reportCallIssue
 strategy.all_reduce(torch.ones(()), op="average")  # mypy: arg-type, pyright: reportArgumentType
 strategy.no_such_function()  # mypy: attr-defined, pyright: reportAttributeAccessIssue
+
+alone = Trainable(model, optimizer, None)
+train_step(strategy, alone, [torch.ones(1)], loss_of_text, weight_fn=len)  # mypy: misc, pyright: reportArgumentType
+train_step(strategy, alone, [torch.ones(1)], mean_of, weight_fn=len)  # mypy: arg-type, pyright: reportArgumentType
+train_step(strategy, alone, ["text"], loss_of_text)  # mypy: call-arg, pyright: reportCallIssue
 
 prepared: Optimizer = strategy.prepare(model)  # mypy: assignment, pyright: reportAssignmentType
 single, double = strategy.prepare((model, optimizer, None))  # mypy: misc, pyright: reportAssignmentType

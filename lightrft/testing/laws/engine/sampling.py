@@ -24,6 +24,7 @@ from lightrft.testing.cases.policies import (
     build_policy,
     generate,
     policy_cases,
+    policy_for,
     running,
 )
 from lightrft.testing.cases.prompts import prompt_cases, sampling_cases
@@ -273,6 +274,68 @@ def _deviation(num_draws: int, share: float) -> float:
     return _NEVER / 3 + math.sqrt((_NEVER / 3) ** 2 + 2 * _NEVER * variance)
 
 
+@attrs.frozen(kw_only=True)
+class _Parts:
+    policy: PolicyCase
+    prompts: tuple[tuple[int, ...], ...]
+    sampling: SamplingParams
+    cut: int  # prompts of the first part
+
+
+@attrs.frozen(kw_only=True)
+class _InParts:
+    whole: list[Completion]
+    parts: list[Completion]
+
+
+@st.composite
+def _requests_in_parts(draw: DrawFn, world_size: int) -> _Parts:
+    del world_size
+    prompts = draw(prompt_cases(VOCABULARY, min_prompts=2))
+    # hot, so that draws of another stream show
+    sampling = draw(sampling_cases(VOCABULARY, temperatures=st.just(0.0) | st.floats(1.5, 4)))
+    return _Parts(
+        policy=draw(policy_cases(max_layers=1)),
+        prompts=prompts,
+        sampling=attrs.evolve(sampling, first_prompt=draw(st.integers(0, 3))),
+        cut=draw(st.integers(0, len(prompts))),
+    )
+
+
+def _generate_in_parts(rank: Rank, case: _Parts) -> _InParts:
+    rest = attrs.evolve(case.sampling, first_prompt=case.sampling.first_prompt + case.cut)
+    with running(rank, build_policy(policy_for(rank.engine, case.policy))) as handle:
+        return _InParts(
+            whole=generate(handle, case.prompts, case.sampling),
+            parts=[
+                *generate(handle, case.prompts[: case.cut], case.sampling),
+                *generate(handle, case.prompts[case.cut :], rest),
+            ],
+        )
+
+
+def _part(harness: Harness, case: _Parts) -> None:
+    (made,) = harness.run(_generate_in_parts, case)
+    model = build_policy(policy_for(harness.subject.engine, case.policy))
+    require_requests(made.parts, case.prompts, case.sampling, version=0)
+    require_logprobs(made.parts, model, temperature=case.sampling.temperature)
+
+    def again(seed: int) -> tuple[list[Completion], list[Completion]]:
+        (drawn,) = harness.run(_generate_in_parts, attrs.evolve(case, sampling=attrs.evolve(case.sampling, seed=seed)))
+        return drawn.parts, drawn.whole
+
+    if case.sampling.temperature == 0:
+        require_same_greedy(made.parts, made.whole, model)
+    else:
+        require_same_draws(
+            made.parts,
+            made.whole,
+            why="a part of a request is given what the whole would give it",
+            again=again,
+            seed=case.sampling.seed,
+        )
+
+
 LAWS: tuple[Law, ...] = (
     Law(
         id="engine.greedy",
@@ -295,6 +358,12 @@ LAWS: tuple[Law, ...] = (
         "top_k, top_p or min_new_tokens leave out.",
         requires=frozenset({"sampling"}),
         check=for_all(_two_token_calls, _distribution),
+        worlds="one",
+    ),
+    Law(
+        id="engine.part",
+        statement="A part of a request, with the number of its first prompt, is given what the whole would give it.",
+        check=for_all(_requests_in_parts, _part),
         worlds="one",
     ),
 )

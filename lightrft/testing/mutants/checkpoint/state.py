@@ -10,7 +10,7 @@ from typing import cast
 import attrs
 import torch
 
-from lightrft.backends.collectives.streams import capture_streams, restore_streams
+from lightrft.backends.streams import capture_streams, restore_streams
 from lightrft.backends.training.window import MICRO_BATCHES
 from lightrft.strategy.protocols import Json, LoadedCheckpoint
 from lightrft.strategy.record import Strategy

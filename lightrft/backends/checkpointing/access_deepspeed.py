@@ -1,0 +1,197 @@
+"""The access to models that DeepSpeed engines run, whose optimizers step flat shards of many parameters at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightrft.backends.checkpointing.access import ModelState, OptimizerState, StateAccess, WholeTensor
+from lightrft.backends.checkpointing.flat_state import flat_optimizer_state
+from lightrft.backends.checkpointing.live import build_live_access
+from lightrft.backends.checkpointing.named import describe, difference, named_state
+from lightrft.backends.zero.model import EngineModel, is_own_optimizer
+from lightrft.backends.zero.package import Engine
+from lightrft.backends.zero.shards import (
+    Fragment,
+    cut,
+    cut_fragment,
+    fragments,
+    gathered,
+    is_partitioned,
+    is_whole_too,
+    part_of,
+    shard_of,
+    whole_shape,
+)
+from lightrft.errors import CheckpointError
+from lightrft.strategy.protocols.training import UnwrapModel
+
+__all__ = ["build_access"]
+
+
+def build_access(unwrap_model: UnwrapModel) -> StateAccess:
+    """Return the access to models of any ZeRO stage, and to plain ones.
+
+    Args:
+        unwrap_model: undoes `prepare`.
+    """
+    live = build_live_access(unwrap_model)
+
+    def model_state(model: nn.Module, *, owner: str) -> ModelState:
+        if isinstance(model, EngineModel) and _stage(model):
+            return _model_state(model, unwrap_model(model), owner)
+        return live.model_state(model, owner=owner)
+
+    def optimizer_state(model: nn.Module, optimizer: Optimizer, *, owner: str) -> OptimizerState:
+        if isinstance(model, EngineModel) and _steps_shards(model, optimizer):
+            plain = unwrap_model(model)
+            return flat_optimizer_state(plain, optimizer, _fragments(model, plain), model.stepped)
+        return live.optimizer_state(model, optimizer, owner=owner)
+
+    return StateAccess(unwrap_model=unwrap_model, model_state=model_state, optimizer_state=optimizer_state)
+
+
+def _engine(model: EngineModel) -> Engine:
+    engine: Engine = model.engine  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]  # a module, too
+    return engine
+
+
+def _stage(model: EngineModel) -> int:
+    return _engine(model).zero_optimization_stage()
+
+
+def _steps_shards(model: EngineModel, optimizer: Optimizer) -> bool:
+    return bool(model.stepped and _stage(model)) and is_own_optimizer(_engine(model), optimizer)
+
+
+def _fragments(model: EngineModel, plain: nn.Module) -> dict[str, Fragment]:
+    """Return the fragments of what is stepped, by the names of the parameters; none of a model that is not trained."""
+    if not model.stepped:
+        return {}
+    names = {parameter: name for name, parameter in plain.named_parameters()}
+    return {names[parameter]: fragment for parameter, fragment in fragments(_engine(model))}
+
+
+def _model_state(model: EngineModel, plain: nn.Module, owner: str) -> ModelState:
+    live = named_state(plain, owner=owner)
+    stepped = _fragments(model, plain)
+
+    def plan_tensor(name: str, saved: torch.Tensor, *, source: str) -> Callable[[], None]:
+        del source  # any values fit
+        return _plan_tensor(live.tensors[name], stepped.get(name), saved)
+
+    def read_gradients() -> Mapping[str, torch.Tensor]:
+        if model.stepped and getattr(_engine(model).optimizer, "_offload_accumulated_param_ids", None):
+            raise CheckpointError(
+                f"{owner} has gradients in main memory (zero_offload_optimizer=True), which are not saved; save after "
+                "the optimizer_step that completes the window."
+            )
+        return {name: gradient for name, gradient in _gradients(model).items() if gradient.any()}
+
+    def plan_gradients(saved: Mapping[str, torch.Tensor], *, source: str) -> Callable[[], None]:
+        return _plan_gradients(model, saved, source)
+
+    return ModelState(
+        tensors={name: _readable(tensor) for name, tensor in live.tensors.items()},
+        aliases=live.aliases,
+        plan_tensor=plan_tensor,
+        read_gradients=read_gradients,
+        plan_gradients=plan_gradients,
+    )
+
+
+def _readable(tensor: torch.Tensor) -> WholeTensor:
+    def read() -> torch.Tensor:
+        return gathered(tensor)
+
+    return WholeTensor(shape=whole_shape(tensor), dtype=tensor.dtype, read=read)
+
+
+def _plan_tensor(live: torch.Tensor, fragment: Fragment | None, saved: torch.Tensor) -> Callable[[], None]:
+    """Return an action that writes the parameter, or this rank's shard of it, and what the optimizer steps of it."""
+    targets: list[tuple[torch.Tensor, torch.Tensor]] = []
+    if is_partitioned(live):
+        targets.append((shard_of(live), cut(saved, live).clone()))
+    if not is_partitioned(live) or is_whole_too(live):
+        targets.append((live.detach(), saved))
+    if fragment is not None:
+        targets.append((part_of(fragment.flat, fragment), cut_fragment(saved, fragment).clone()))
+
+    def write() -> None:
+        for target, value in targets:
+            target.copy_(value)
+
+    return write
+
+
+def _gradients(model: EngineModel) -> dict[str, torch.Tensor]:
+    """Return the memory of this rank's gradients: its own sums in stage 1, averages of its shards in stages 2 and 3."""
+    if not model.stepped:
+        return {}
+    zero, stage = _engine(model).optimizer, _stage(model)
+    if stage == 3:
+        return {"zero3": zero.grad_partitions_flat_buffer}
+    if stage == 2:
+        return {
+            f"zero2.{number}.{place}": gradient
+            for number, gradients in zero.all_grad_tensors.items()
+            for place, gradient in enumerate(gradients or ())
+        }
+    parameters = (parameter for group in zero.bit16_groups for parameter in group)
+    return {f"zero1.{place}": each.grad for place, each in enumerate(parameters) if each.grad is not None}
+
+
+def _like_gradients(model: EngineModel) -> dict[str, torch.Tensor]:
+    """Return a tensor of the shape of each gradient that this rank may have, by its name."""
+    if not model.stepped:
+        return {}
+    zero, stage = _engine(model).optimizer, _stage(model)
+    if stage == 3:
+        return {"zero3": zero.grad_partitions_flat_buffer}
+    if stage == 2:
+        groups = zero.params_in_partition
+        return {
+            f"zero2.{number}.{place}": each for number, group in enumerate(groups) for place, each in enumerate(group)
+        }
+    parameters = (parameter for group in zero.bit16_groups for parameter in group)
+    return {f"zero1.{place}": each for place, each in enumerate(parameters)}
+
+
+def _plan_gradients(model: EngineModel, saved: Mapping[str, torch.Tensor], source: str) -> Callable[[], None]:
+    like = _like_gradients(model)
+    words = difference(saved=describe(saved), live=describe({name: like[name] for name in like if name in saved}))
+    if words is not None:
+        raise CheckpointError(
+            f"{source} (gradients) {words}; load it into as many ranks and the zero_stage that saved it, or save after "
+            "the optimizer_step that completes the window."
+        )
+
+    def set_gradients() -> None:
+        if model.stepped:
+            found = {name: each for name, each in like.items() if name in saved}
+            _set_gradients(model, {name: saved[name].to(each.device, copy=True) for name, each in found.items()})
+
+    return set_gradients
+
+
+def _set_gradients(model: EngineModel, gradients: Mapping[str, torch.Tensor]) -> None:
+    zero, stage = _engine(model).optimizer, _stage(model)
+    if stage == 3:
+        zero.grad_partitions_flat_buffer.zero_()
+        for gradient in gradients.values():
+            zero.grad_partitions_flat_buffer.copy_(gradient)
+    elif stage == 2:
+        for number, group in enumerate(zero.params_in_partition):
+            names = [f"zero2.{number}.{place}" for place in range(len(group))]
+            found = [
+                gradients[name] if name in gradients else torch.zeros_like(parameter)
+                for name, parameter in zip(names, group, strict=True)
+            ]
+            zero.all_grad_tensors[number] = found if gradients else None
+    else:
+        parameters = (parameter for group in zero.bit16_groups for parameter in group)
+        for place, parameter in enumerate(parameters):
+            parameter.grad = gradients.get(f"zero1.{place}")

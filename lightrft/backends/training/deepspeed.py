@@ -1,0 +1,151 @@
+"""Gradients, optimizer state and parameters spread over ranks by DeepSpeed's ZeRO, stages 0 to 3."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightrft.backends.launch import device_of_process
+from lightrft.backends.plain_model import keep_structure
+from lightrft.backends.training.autocast import wrap_autocast
+from lightrft.backends.training.dataloader import build_setup_dataloader_of_ranks
+from lightrft.backends.training.memory import report_memory
+from lightrft.backends.training.meta_init import parameters_on_meta
+from lightrft.backends.training.optimizer import create_adamw
+from lightrft.backends.training.prepare import (
+    build_prepare,
+    build_prepare_models_and_optimizers,
+    build_prepare_reward_model,
+)
+from lightrft.backends.training.ranks import broadcast_model, steps_of_rank
+from lightrft.backends.training.record import TrainingFunctions
+from lightrft.backends.training.step import build_backward
+from lightrft.backends.training.window import end_micro_batch
+from lightrft.backends.training.zero.engine import build_engine, unwrap_engine
+from lightrft.backends.training.zero.gradients import run_backward, step_window
+from lightrft.backends.training.zero.partitioning import broadcast_buffers, partition_model
+from lightrft.backends.training.zero.settings import clips_itself, zero_settings
+from lightrft.backends.training.zero.tensors import moving_average, named_tensors, offload, reload
+from lightrft.backends.world import world_of
+from lightrft.backends.zero.model import EngineModel
+from lightrft.errors import ConfigError, UnsupportedError
+from lightrft.strategy.config import StrategyConfig
+from lightrft.strategy.protocols.collectives import Collectives
+from lightrft.strategy.protocols.training import InitModelContext, OptimizerStep, StepResult, Trainable
+
+__all__ = ["build_training"]
+
+
+def build_training(config: StrategyConfig, collectives: Collectives) -> TrainingFunctions:
+    """Return the training functions of ranks that share what the ZeRO stage says.
+
+    Parameters, gradients, their sums and the optimizer's state are float32 in every stage. With `bf16` the forward
+    pass is under the same autocast as under "single", so results differ by the order of summation alone. All ranks'
+    losses must reach the same parameters in stages 2 and 3, where gradients are exchanged as they come; a parameter
+    that no sample of a window reaches is stepped with a gradient of zero.
+
+    Args:
+        config: all of its settings but those of engines are used.
+        collectives: what the ranks do together, over torch.distributed.
+    """
+
+    def place_model(model: nn.Module) -> nn.Module:
+        return _placed(config, collectives, model, None)
+
+    def place_trainable(trainable: Trainable) -> Trainable:
+        return trainable._replace(model=_placed(config, collectives, trainable.model, trainable.optimizer))
+
+    prepare = build_prepare(place_model, place_trainable)
+    return TrainingFunctions(
+        create_optimizer=create_adamw,
+        init_model_context=_build_init_model_context(config),
+        prepare=prepare,
+        prepare_models_and_optimizers=build_prepare_models_and_optimizers(
+            config, create_optimizer=create_adamw, prepare=prepare
+        ),
+        prepare_reward_model=build_prepare_reward_model(place_model),
+        backward=build_backward(
+            equal_share=config.micro_train_batch_size / config.train_batch_size, run_backward=run_backward
+        ),
+        optimizer_step=_build_optimizer_step(config, collectives),
+        named_tensors=named_tensors,
+        unwrap_model=unwrap_engine,
+        moving_average=moving_average,
+        setup_dataloader=build_setup_dataloader_of_ranks(collectives, seed=config.seed),
+        offload=offload,
+        reload=reload,
+        report_memory=report_memory,
+    )
+
+
+def _placed(
+    config: StrategyConfig, collectives: Collectives, model: nn.Module, optimizer: Optimizer | None
+) -> nn.Module:
+    if isinstance(model, EngineModel):
+        return model
+    world, device, stage = world_of(collectives), device_of_process(), config.zero_stage
+    if optimizer is None and stage < 3:
+        broadcast_model(collectives, model.to(device))
+        return wrap_autocast(model) if config.bf16 else model
+    _require_trainable(model, optimizer, stage=stage)
+    settings = zero_settings(
+        config,
+        stage=stage,
+        num_elements=sum(parameter.numel() for parameter in model.parameters()),
+        world_size=world.world_size,
+        on_cpu=device == "cpu",
+        is_trained=optimizer is not None,
+    )
+    if stage == 3:
+        keep_structure(model)
+        partition_model(model, settings, device=device, optimizer=optimizer)
+        broadcast_buffers(collectives, model)
+    else:
+        broadcast_model(collectives, model.to(device))
+    return build_engine(model, settings, optimizer=optimizer, stage=stage, bf16=config.bf16)
+
+
+def _require_trainable(model: nn.Module, optimizer: Optimizer | None, *, stage: int) -> None:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [] if optimizer is None else optimizer.param_groups
+    for parameter in (parameter for group in groups for parameter in group["params"]):
+        if id(parameter) not in names:
+            raise ConfigError(
+                f"optimizer={type(optimizer).__name__} holds a parameter of shape {tuple(parameter.shape)} that is "
+                "none of the model's; make it of the model that is prepared with it."
+            )
+        if stage and parameter.dtype != torch.float32:
+            raise UnsupportedError(
+                f"zero_stage={stage} steps float32 parameters, and {names[id(parameter)]!r} is {parameter.dtype}; load "
+                "the model in float32, and set bf16=True to compute in bfloat16."
+            )
+
+
+def _build_init_model_context(config: StrategyConfig) -> InitModelContext:
+    def init_model_context(*, meta_init: bool = False) -> AbstractContextManager[None]:
+        # in the other stages every rank holds the whole model anyway
+        return parameters_on_meta() if meta_init and config.zero_stage == 3 else nullcontext()
+
+    return init_model_context
+
+
+def _build_optimizer_step(config: StrategyConfig, collectives: Collectives) -> OptimizerStep:
+    def optimizer_step(
+        optimizer: Optimizer, model: nn.Module, scheduler: LRScheduler | None, *, is_boundary: bool | None = None
+    ) -> StepResult:
+        learning_rate = float(optimizer.param_groups[0]["lr"])
+        # only now, because building must not ask for the world; a caller who says where windows end needs no count
+        steps = steps_of_rank(config, world_of(collectives).world_size) if is_boundary is None else 1
+        if not end_micro_batch(optimizer, steps=steps, is_boundary=is_boundary):
+            return StepResult(stepped=False, grad_norm=None, learning_rate=learning_rate, skipped_reason=None)
+        is_native = clips_itself(config, stage=config.zero_stage, on_cpu=device_of_process() == "cpu")
+        norm, reason = step_window(model, optimizer, max_norm=config.max_norm, clips_itself=is_native)
+        if reason is None and scheduler is not None:
+            scheduler.step()
+        return StepResult(stepped=reason is None, grad_norm=norm, learning_rate=learning_rate, skipped_reason=reason)
+
+    return optimizer_step

@@ -1,0 +1,220 @@
+"""Training over shards in real processes over gloo, held against a loop of raw torch in one."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightrft.backends.training.meta_init import fill_meta_parameters, parameters_on_meta
+from lightrft.backends.training.wrapping import compile_layers, layers_of, recompute_layers
+from lightrft.errors import ConfigError, StepError
+from lightrft.strategy.build import get_strategy
+from lightrft.testing.ranks.processes import processes
+from lightrft.testing.subject import RunOnRanks, subject_of
+
+CLOSE = 1e-5
+
+TRAININGS: dict[str, dict[str, Any]] = {
+    "as it comes": {},
+    "one micro-batch": {"micro_batches": 1},
+    "told where windows end": {"is_told": True, "micro_batches": 3},
+    "ranks reach different parameters": {"experts": (0, 1)},
+    "told, and ranks reach different parameters": {"experts": (0, 1), "is_told": True},
+    "layers by name": {"wrap": ("Linear", "Block")},
+    "layers stay whole until the backward pass": {"reshard": False},
+    "layers computed twice": {"recompute": True},
+    "layers compiled": {"compiled": True},
+    "frozen with adapters": {"lora": True},
+    "an optimizer with state": {"is_trained_before": True},
+    "momentum": {"optimizer": "SGD", "is_trained_before": True},
+    "another optimizer": {"optimizer": "NAdam"},
+}
+
+
+@pytest.fixture(scope="module")
+def programs() -> Iterator[ModuleType]:
+    folder = str(Path(__file__).parent)
+    sys.path.insert(0, folder)  # workers get this path
+    yield importlib.import_module("fsdp2_programs")
+    sys.path.remove(folder)
+
+
+@pytest.fixture(scope="module")
+def run(programs: ModuleType) -> Iterator[RunOnRanks]:
+    del programs
+    with processes(subject_of("fsdp2", "strategy"), 2) as run_on_ranks:
+        yield run_on_ranks
+
+
+def require_raw(run: RunOnRanks, programs: ModuleType, world_size: int, **settings: Any) -> list[Any]:
+    case = programs.Case(**settings)
+    must, seen = programs.raw(case, world_size), run(programs.train, case)
+    losses = [seen[index % world_size].losses[index // world_size] for index in range(len(must.losses))]
+    assert losses == pytest.approx(must.losses, rel=CLOSE)
+    for rank in seen:
+        assert rank.norms == seen[0].norms == pytest.approx(must.norms, rel=CLOSE)
+        assert rank.tensors.keys() == must.tensors.keys()
+        for name, tensor in must.tensors.items():
+            assert torch.equal(rank.tensors[name], seen[0].tensors[name])
+            torch.testing.assert_close(rank.tensors[name], tensor, rtol=CLOSE, atol=1e-6, msg=name)
+    return seen
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+def test_training_over_shards_is_that_of_one_process(run: RunOnRanks, programs: ModuleType, training: str) -> None:
+    """Losses, norms and tensors are those of raw torch with the samples of all ranks, the same bits on all."""
+    require_raw(run, programs, 2, **TRAININGS[training])
+
+
+def test_what_can_be_sharded_is(run: RunOnRanks, programs: ModuleType) -> None:
+    """Parameters with elements and dims are shards under their plain names, and so is the optimizer's state of them."""
+    (seen, _) = run(programs.train, programs.Case(num_steps=1))
+    model = programs.Model()
+    assert seen.sharded == [name for name, value in model.named_parameters() if value.dim() and value.numel()]
+    assert {entry.split()[1] for entry in seen.state} == {"DTensor"}
+    assert "exp_avg DTensor (11, 8)" in seen.state
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+def test_any_number_of_ranks_trains_alike(programs: ModuleType, world_size: int) -> None:
+    """One, three and four ranks do what one process does; four also as two copies of two shards, and as four copies."""
+    with processes(subject_of("fsdp2", "strategy"), world_size) as run_on_ranks:
+        require_raw(run_on_ranks, programs, world_size, experts=(0, 1))
+        for replicate in (2, 4) if world_size == 4 else ():
+            require_raw(run_on_ranks, programs, 4, experts=(0, 1), replicate=replicate)
+            require_raw(run_on_ranks, programs, 4, experts=(0, 1), replicate=replicate, is_told=True)
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_a_window_has_the_collectives_of_a_raw_loop(run: RunOnRanks, programs: ModuleType, is_told: bool) -> None:
+    """Gathers and reductions are those of a raw loop over `fully_shard`; the norm is one more all-reduce, in both."""
+    for ours, raws in run(programs.count, programs.Case(micro_batches=3, is_told=is_told)):
+        assert ours.pop("allreduce_") == 1
+        assert ours == raws
+        assert raws["_reduce_scatter_base_"] == (3 if is_told else 9)
+
+
+def test_a_fault_on_one_rank_is_told_in_the_same_words_on_all(run: RunOnRanks, programs: ModuleType) -> None:
+    """The step is skipped everywhere, without a trace, and the first parameter at fault is named."""
+    first, second = run(programs.fault, programs.Case(micro_batches=1))
+    assert first == second
+    assert first == [
+        "grad_norm=nan is not finite: the gradient of 'embedding.weight' is at fault; the step was skipped.",
+        "True",
+        "0",
+    ]
+
+
+def test_models_without_memory_plain_copies_and_averages(run: RunOnRanks, programs: ModuleType) -> None:
+    """A model built with meta_init has real buffers, and NaN until it is loaded; a plain copy is whole and tied."""
+    model = programs.build(programs.Case())
+    other = programs.build(programs.Case(), seed=5)
+    for seen in run(programs.look, programs.Case()):
+        assert seen.is_meta == [name for name, _ in model.named_parameters()]
+        assert math.isnan(seen.first_loss)
+        assert seen.is_tied
+        assert seen.dtype == "torch.bfloat16"
+        torch.testing.assert_close(seen.plain, dict(model.state_dict()), rtol=0, atol=0)
+        torch.testing.assert_close(seen.plain_logits, model(programs.ids_of(0, 0, 0)), rtol=0, atol=0)
+        torch.testing.assert_close(seen.logits, seen.plain_logits)
+        for average in seen.averages:
+            for name, parameter in model.named_parameters():
+                torch.testing.assert_close(average[name], 0.75 * parameter + 0.25 * other.get_parameter(name))
+
+
+def test_what_cannot_be_is_refused(run: RunOnRanks, programs: ModuleType) -> None:
+    """Unknown layers, copies that do not divide the ranks, a foreign optimizer, buffers without memory are told."""
+    wrap, replicate, optimizer, meta, layers = run(programs.look, programs.Case())[0].refused
+    assert wrap.startswith("ConfigError: fsdp_wrap=('Blok',) names no module of Model; its classes are Block, ")
+    assert replicate == "ConfigError: fsdp_replicate=3 does not divide world_size(2); use one of its divisors."
+    assert optimizer.startswith("UnsupportedError: optimizer=AdamW holds a parameter of shape (1, 1) that is none")
+    assert meta.startswith("UnsupportedError: buffer 'positions' of Model is on the meta device")
+    assert layers == (
+        "ConfigError: gradient_checkpointing=True finds no layers in Linear; name their classes in fsdp_wrap."
+    )
+
+
+def test_a_model_that_is_not_prepared_is_not_stepped() -> None:
+    """Without `prepare` there is nothing that sums gradients, and it is said."""
+    strategy = get_strategy({"strategy": "fsdp2"})
+    model = nn.Linear(1, 1)
+    with pytest.raises(StepError, match="model=Linear is not prepared; pass what prepare returned"):
+        strategy.optimizer_step(strategy.create_optimizer(model), model, None)
+
+
+class Layer(nn.Module):
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.inner: nn.Linear = nn.Linear(1, 1)
+        self.weight: nn.Parameter = weight
+
+
+def test_a_layer_that_shares_a_parameter_is_none() -> None:
+    """What is tied to another part stays with the root; inner layers come before those around them."""
+    shared = nn.Parameter(torch.zeros(1))
+    model = nn.ModuleList([Layer(shared), Layer(shared), Layer(nn.Parameter(torch.zeros(1)))])
+    alone = model[2]
+    assert layers_of(model, ["Layer"]) == [alone]
+    found = layers_of(model, ["Layer", "Linear"])
+    assert found.index(alone.inner) < found.index(alone)
+    assert [type(layer).__name__ for layer in found].count("Linear") == 3
+    twice = nn.Linear(1, 1)
+    assert layers_of(nn.Sequential(twice, twice), ["Linear"]) == []
+    assert layers_of(model) == []
+
+
+def test_layers_are_needed_where_layers_are_meant() -> None:
+    """Recomputing and compiling a model without layers is refused."""
+    with pytest.raises(ConfigError, match="compile_layers=True finds no layers in Linear"):
+        compile_layers(nn.Linear(1, 1), [])
+    with pytest.raises(ConfigError, match="gradient_checkpointing=True finds no layers in Linear"):
+        recompute_layers(nn.Linear(1, 1), [])
+
+
+def test_a_recomputed_layer_keeps_its_input_alone() -> None:
+    """In training a layer runs twice, with the same gradient; in evaluation once."""
+    calls: list[int] = []
+
+    class Counted(nn.Linear):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            calls.append(1)
+            return super().forward(hidden)
+
+    model = Counted(2, 2)
+    names = [name for name, _ in model.named_parameters()]
+    x = torch.ones(1, 2, requires_grad=True)
+    model(x).sum().backward()
+    plain = model.weight.grad
+    model.zero_grad()
+    recompute_layers(model, [model])
+    calls.clear()
+    model(x).sum().backward()
+    assert (len(calls), [name for name, _ in model.named_parameters()]) == (2, names)
+    assert torch.equal(plain, model.weight.grad)
+    model.eval()
+    model(x).sum().backward()
+    assert len(calls) == 3
+
+
+def test_parameters_without_memory_are_filled_once_where_they_are_tied() -> None:
+    """Tied parameters stay tied, frozen ones frozen, and integers are zero."""
+    with parameters_on_meta():
+        first, second = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+        second.weight = first.weight
+        first.numbers = nn.Parameter(torch.ones(3, dtype=torch.int64), requires_grad=False)
+    assert first.weight.is_meta
+    fill_meta_parameters([first, second], "cpu")
+    assert first.weight is second.weight
+    assert first.weight.isnan().all()
+    assert first.numbers.tolist() == [0, 0, 0]
+    assert not first.numbers.requires_grad
+    assert not nn.Linear(1, 1).weight.is_meta
