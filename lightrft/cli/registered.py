@@ -37,8 +37,10 @@ _STRATEGIES = MappingProxyType(
     {
         "single": _About(text="one process on one device"),
         "fake": _About(text="for tests of a loop: trains as single does; get_fake_strategy records the calls"),
-        "fsdp2": _About(text="several processes; with one it is single, more are not in this release"),
-        "deepspeed": _About(text="several processes; with one it is single, more are not in this release"),
+        "fsdp2": _About(text="any number of processes; parameters, gradients and optimizer state sharded by torch"),
+        "deepspeed": _About(
+            text="any number of processes; DeepSpeed ZeRO, stages 0 to 3", package="deepspeed", extra="deepspeed"
+        ),
     }
 )
 _ENGINES = MappingProxyType(

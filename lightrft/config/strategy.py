@@ -65,6 +65,9 @@ class StrategyConfig:
             world size / n ranks each, so that whole parameters are gathered inside of a machine alone.
         fsdp_reshard_after_forward: let "fsdp2" give a layer's whole parameters up after its forward pass, and gather
             them again for its backward pass: less memory, more communication.
+        fsdp_sum_once: let "fsdp2" sum gradients over ranks once a window, with its last micro-batch, where `backward`
+            is told which one that is: least communication, but each rank holds whole gradients until then. False sums
+            after every micro-batch and holds shards alone.
         fsdp_cpu_offload: keep parameters, gradients and optimizer state of "fsdp2" in main memory; on a CPU they are.
         gradient_checkpointing: let "fsdp2" keep the inputs of layers alone, and compute the rest again in the backward
             pass: less memory, a third more arithmetic.
@@ -100,6 +103,7 @@ class StrategyConfig:
     fsdp_wrap: tuple[str, ...] = attrs.field(default=(), converter=texts, validator=are_texts)
     fsdp_replicate: int = attrs.field(default=1, validator=at_least(1, whole=True))
     fsdp_reshard_after_forward: bool = attrs.field(default=True, validator=is_bool)
+    fsdp_sum_once: bool = attrs.field(default=True, validator=is_bool)
     fsdp_cpu_offload: bool = attrs.field(default=False, validator=is_bool)
     gradient_checkpointing: bool = attrs.field(default=False, validator=is_bool)
     compile_layers: bool = attrs.field(default=False, validator=is_bool)

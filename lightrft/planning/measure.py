@@ -145,7 +145,7 @@ def _build_note(kept: dict[int, tuple[str, int]]) -> Callable[[Tensor], Tensor]:
         storage = tensor.untyped_storage()
         if not isinstance(base, nn.Parameter):
             # what is kept lives until the backward pass, so no two of them have one address
-            kept[storage._cdata] = (_kind(base), storage.nbytes())  # noqa: SLF001
+            kept[storage._cdata] = (_kind(base), storage.nbytes())  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
         return tensor
 
     return note

@@ -42,7 +42,7 @@ def check_ranks(config: Config, world_size: int) -> None:
         ConfigError: the first contradiction.
 
     Example:
-        >>> check_ranks(Config(), 2)
+        >>> check_ranks(Config(strategy=StrategyConfig(train_batch_size=8)), 4)
     """
     check_settings(config)
     if world_size < 1:
@@ -144,7 +144,8 @@ def _fully_sharded(config: StrategyConfig, world_size: int, *, on_cpu: bool) -> 
         by_rows=True,
         gathered="two layers" if config.fsdp_reshard_after_forward else "all",
         # gradients are summed over ranks when the window is complete, and until then each rank has all of its own
-        keeps_gradients_whole=config.train_batch_size > config.micro_train_batch_size * world_size,
+        keeps_gradients_whole=config.fsdp_sum_once
+        and config.train_batch_size > config.micro_train_batch_size * world_size,
         offloaded=frozenset({"parameters", "gradients", "optimizer state"} if is_offloaded else ()),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from lightrft.backends.training.meta_init import parameters_on_meta
 from lightrft.backends.training.wrapping import layers_of
@@ -95,4 +95,5 @@ def _decoder_of(model: nn.Module) -> DecoderSizes | None:
 
 
 def _number(described: object, name: str) -> int:
-    return cast("int | None", getattr(described, name, None)) or 0
+    found = getattr(described, name, None)
+    return found if isinstance(found, int) else 0  # some architectures have a list, a number a layer

@@ -23,6 +23,7 @@ class Case:
 
     frozen: tuple[str, ...] = ()
     is_tied: bool = True
+    zero_stage: int = 0
 
 
 @attrs.frozen(kw_only=True)
@@ -55,6 +56,36 @@ def held(rank: Rank, case: Case) -> Held:
         parameters=bytes_of(strategy.unwrap_model(actor.model).parameters()),
         gradients=gradients,
         optimizer=bytes_of(value for state in actor.optimizer.state.values() for value in state.values()),
+    )
+
+
+@attrs.frozen(kw_only=True)
+class HeldByZero:
+    """Bytes of this rank inside of DeepSpeed."""
+
+    parameters: int
+    optimizer: int
+    stepped_copy: int
+    gradient_buffer: int
+
+
+def held_by_zero(rank: Rank, case: Case) -> HeldByZero:
+    """Train a window of one micro-batch, and count what the engine has."""
+    strategy = rank.build(attrs.evolve(rank.config, train_batch_size=rank.world_size, zero_stage=case.zero_stage))
+    strategy.setup_distributed()
+    model, _ = build_model_and_tokenizer(MODEL, seed=0)
+    freeze(model, case.frozen)
+    actor, _, _, _ = strategy.prepare_models_and_optimizers(model, None, None, None, None, 2)
+    loss = actor.model(input_ids=torch.tensor([[1, 2, 3]])).logits.square().mean()
+    strategy.backward(loss, actor.model, actor.optimizer, is_boundary=True)
+    strategy.optimizer_step(actor.optimizer, actor.model, actor.scheduler, is_boundary=True)
+    zero = actor.model.engine.optimizer
+    own = [getattr(one, "ds_tensor", one) for one in strategy.unwrap_model(actor.model).parameters()]
+    return HeldByZero(
+        parameters=bytes_of(own),
+        optimizer=bytes_of(value for state in actor.optimizer.state.values() for value in state.values()),
+        stepped_copy=bytes_of(getattr(zero, "single_partition_of_fp32_groups", [])),
+        gradient_buffer=bytes_of([getattr(zero, "grad_partitions_flat_buffer", None)]),
     )
 
 

@@ -95,13 +95,41 @@ def test_a_measured_step_is_near_the_estimate(key: str, architecture: str, bf16:
         algorithm=AlgorithmConfig(kl_coef=0.1),
     )
     measured = measure_step(config, prompt_tokens=8)
-    estimated = estimate(config, prompt_tokens=8, prepare=lambda plain: None)
+    estimated = estimate(config, prompt_tokens=8, prepare=lambda plain: plain)
     for name in ("parameters", "gradients", "optimizer state", "reference model"):
         assert measured[name] == estimated[name]
     assert measured["activations"] == pytest.approx(estimated["activations"], rel=0.03)
     assert measured.get("bfloat16 copies") == estimated.get("bfloat16 copies")
     assert (key == "single" and bf16) == ("bfloat16 copies" in measured)
-    assert measured["all"] > sum(measured[name] for name in ("parameters", "optimizer state"))
+
+
+def test_a_layer_that_is_computed_again_is_measured_on_its_line() -> None:
+    """With gradient checkpointing the measure stands beside the line that counts."""
+    strategy = StrategyConfig(strategy="fsdp2", gradient_checkpointing=True)
+    config = Config(strategy=strategy, model=ModelConfig(hidden_size=16), engine=EngineConfig(max_new_tokens=2))
+    measured = measure_step(config, prompt_tokens=2)
+    assert "activations" not in measured
+    assert measured["activations, recomputed"] > 0
+
+
+@pytest.fixture(scope="module")
+def zero_on_two(programs: ModuleType) -> Iterator[RunOnRanks]:
+    del programs
+    with processes(subject_of("deepspeed", "strategy", config=StrategyConfig(seed=5)), 2, timeout=60) as run:
+        yield run
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_zero_spreads_over_two_ranks(programs: ModuleType, zero_on_two: RunOnRanks, stage: int) -> None:
+    """Parameters, state, stepped copy and the gradients of stage 3 are those of the formula, but for padding."""
+    found, _ = zero_on_two(programs.held_by_zero, programs.Case(zero_stage=stage, frozen=("embed_tokens",)))
+    config = Config(strategy=zero(zero_stage=stage), model=programs.MODEL)
+    estimated = estimate(config, world_size=2, prepare=lambda plain: programs.freeze(plain, ("embed_tokens",)))
+    padding = 4 * 8  # bytes of some numbers, in each of which a part is filled up
+    assert found.parameters == estimated["parameters"]
+    assert found.optimizer == pytest.approx(estimated["optimizer state"], abs=2 * padding + 4 * 40)
+    assert found.stepped_copy == pytest.approx(estimated.get("stepped copy", 0), abs=padding)
+    assert found.gradient_buffer == pytest.approx(estimated["gradients"] if stage == 3 else 0, abs=padding)
 
 
 def zero(**changes: object) -> StrategyConfig:

@@ -25,7 +25,8 @@ from lightrft.backends.training.ranks import broadcast_model, steps_of_rank
 from lightrft.backends.training.record import TrainingFunctions
 from lightrft.backends.training.step import build_backward
 from lightrft.backends.training.window import end_micro_batch
-from lightrft.backends.training.zero.engine import build_engine, unwrap_engine
+from lightrft.backends.training.wrapping import refuse_layer_settings
+from lightrft.backends.training.zero.engine import build_engine, has_elements, unwrap_engine
 from lightrft.backends.training.zero.gradients import run_backward, step_window
 from lightrft.backends.training.zero.partitioning import broadcast_buffers, partition_model
 from lightrft.backends.training.zero.settings import clips_itself, zero_settings
@@ -35,7 +36,7 @@ from lightrft.backends.zero.model import EngineModel
 from lightrft.errors import ConfigError, UnsupportedError
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.protocols.collectives import Collectives
-from lightrft.strategy.protocols.training import InitModelContext, OptimizerStep, StepResult, Trainable
+from lightrft.strategy.protocols.training import CreateOptimizer, InitModelContext, OptimizerStep, StepResult, Trainable
 
 __all__ = ["build_training"]
 
@@ -45,13 +46,17 @@ def build_training(config: StrategyConfig, collectives: Collectives) -> Training
 
     Parameters, gradients, their sums and the optimizer's state are float32 in every stage. With `bf16` the forward
     pass is under the same autocast as under "single", so results differ by the order of summation alone. All ranks'
-    losses must reach the same parameters in stages 2 and 3, where gradients are exchanged as they come; a parameter
-    that no sample of a window reaches is stepped with a gradient of zero.
+    losses must reach the same parameters in stages 2 and 3, where gradients are exchanged as they come, which is
+    checked; a parameter that no sample of a window reaches is stepped with a gradient of zero.
 
     Args:
         config: all of its settings but those of engines are used.
         collectives: what the ranks do together, over torch.distributed.
+
+    Raises:
+        UnsupportedError: a setting that it would pass over is switched on.
     """
+    refuse_layer_settings(config, "deepspeed")
 
     def place_model(model: nn.Module) -> nn.Module:
         return _placed(config, collectives, model, None)
@@ -60,12 +65,13 @@ def build_training(config: StrategyConfig, collectives: Collectives) -> Training
         return trainable._replace(model=_placed(config, collectives, trainable.model, trainable.optimizer))
 
     prepare = build_prepare(place_model, place_trainable)
+    create_optimizer = _build_create_optimizer(config)
     return TrainingFunctions(
-        create_optimizer=create_adamw,
+        create_optimizer=create_optimizer,
         init_model_context=_build_init_model_context(config),
         prepare=prepare,
         prepare_models_and_optimizers=build_prepare_models_and_optimizers(
-            config, create_optimizer=create_adamw, prepare=prepare
+            config, create_optimizer=create_optimizer, prepare=prepare
         ),
         prepare_reward_model=build_prepare_reward_model(place_model),
         backward=build_backward(
@@ -82,12 +88,34 @@ def build_training(config: StrategyConfig, collectives: Collectives) -> Training
     )
 
 
+def _build_create_optimizer(config: StrategyConfig) -> CreateOptimizer:
+    def create_optimizer(
+        model: nn.Module,
+        *,
+        lr: float = 1e-5,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.0,
+        eps: float = 1e-8,
+    ) -> Optimizer:
+        optimizer = create_adamw(model, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
+        if config.zero_stage and device_of_process() == "cpu":
+            # the fused kernel of a CPU rounds by the place in a tensor, and in a shard an element has another one
+            for options in (optimizer.defaults, *optimizer.param_groups):
+                options["fused"] = False
+        return optimizer
+
+    return create_optimizer
+
+
 def _placed(
     config: StrategyConfig, collectives: Collectives, model: nn.Module, optimizer: Optimizer | None
 ) -> nn.Module:
     if isinstance(model, EngineModel):
         return model
-    world, device, stage = world_of(collectives), device_of_process(), config.zero_stage
+    world, device = world_of(collectives), device_of_process()
+    # where there is nothing to step there is nothing to spread either
+    is_idle = optimizer is not None and not any(has_elements(group["params"]) for group in optimizer.param_groups)
+    stage = 0 if is_idle else config.zero_stage
     if optimizer is None and stage < 3:
         broadcast_model(collectives, model.to(device))
         return wrap_autocast(model) if config.bf16 else model

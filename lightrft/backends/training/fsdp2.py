@@ -66,7 +66,8 @@ def build_training(config: StrategyConfig, collectives: Collectives) -> Training
         ),
         prepare_reward_model=build_prepare_reward_model(place_model),
         backward=build_backward(
-            equal_share=config.micro_train_batch_size / config.train_batch_size, set_gradient_sync=_set_gradient_sync
+            equal_share=config.micro_train_batch_size / config.train_batch_size,
+            set_gradient_sync=_set_gradient_sync if config.fsdp_sum_once else None,
         ),
         optimizer_step=_build_optimizer_step(config),
         named_tensors=named_tensors,

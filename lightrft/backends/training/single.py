@@ -21,6 +21,7 @@ from lightrft.backends.training.prepare import (
 )
 from lightrft.backends.training.record import TrainingFunctions
 from lightrft.backends.training.step import build_backward, build_optimizer_step
+from lightrft.backends.training.wrapping import refuse_layer_settings
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.protocols.training import Trainable
 
@@ -32,7 +33,11 @@ def build_training(config: StrategyConfig) -> TrainingFunctions:
 
     Args:
         config: all of its settings but those of engines and collectives are used.
+
+    Raises:
+        UnsupportedError: a setting that it would pass over is switched on.
     """
+    refuse_layer_settings(config, "single")
     accumulation_steps = config.train_batch_size // config.micro_train_batch_size
 
     def place_model(model: nn.Module) -> nn.Module:

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightrft.errors import ConfigError
+from lightrft.errors import ConfigError, UnsupportedError
+from lightrft.strategy.config import StrategyConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["compile_layers", "layers_of", "recompute_layers"]
+__all__ = ["compile_layers", "layers_of", "recompute_layers", "refuse_layer_settings"]
 
 
 def layers_of(model: nn.Module, names: Sequence[str] = ()) -> list[nn.Module]:
@@ -59,11 +60,12 @@ def _uses(model: nn.Module) -> Counter[int]:
 def recompute_layers(model: nn.Module, layers: Sequence[nn.Module]) -> None:
     """Let layers keep their inputs alone for the backward pass, and compute the rest again there.
 
-    Models of transformers do it themselves, because their layers know of caches. Names of parameters stay.
+    Models of transformers do it themselves while they are in training mode; in evaluation mode, in which policies
+    learn because dropout would make logprobs noisy, it is done for them. Names of parameters stay.
 
     Args:
         model: the plain model.
-        layers: those of a model that cannot do it itself.
+        layers: its layers.
 
     Raises:
         ConfigError: there are no layers.
@@ -72,18 +74,18 @@ def recompute_layers(model: nn.Module, layers: Sequence[nn.Module]) -> None:
     for module in able:
         enable = cast("Callable[..., None]", module.gradient_checkpointing_enable)
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if able:
-        return
     _require_layers("gradient_checkpointing", model, layers)
     for layer in layers:
-        _recompute(layer)
+        _recompute(layer, recomputes_itself=hasattr(layer, "gradient_checkpointing"))
 
 
-def _recompute(layer: nn.Module) -> None:
+def _recompute(layer: nn.Module, *, recomputes_itself: bool) -> None:
     compute = cast("Callable[..., object]", layer.forward)
 
     def forward(*args: object, **kwargs: object) -> object:
-        if not (layer.training and torch.is_grad_enabled()):
+        is_done = recomputes_itself and layer.training
+        # a cache would take in the same keys twice
+        if is_done or not torch.is_grad_enabled() or kwargs.get("past_key_values") is not None:
             return compute(*args, **kwargs)
         call = cast("Callable[..., object]", checkpoint)
         return call(compute, *args, use_reentrant=False, **kwargs)
@@ -104,6 +106,23 @@ def compile_layers(model: nn.Module, layers: Sequence[nn.Module]) -> None:
     _require_layers("compile_layers", model, layers)
     for layer in layers:
         layer.compile()
+
+
+def refuse_layer_settings(config: StrategyConfig, strategy: str) -> None:
+    """Refuse settings that a strategy would pass over.
+
+    Args:
+        config: `gradient_checkpointing` and `compile_layers` are looked at.
+        strategy: registry key of a strategy that has no layers.
+
+    Raises:
+        UnsupportedError: one of them is switched on.
+    """
+    for setting in ("gradient_checkpointing", "compile_layers"):
+        if getattr(config, setting):
+            raise UnsupportedError(
+                f"{setting}=True is not supported by strategy={strategy!r}; use 'fsdp2', also with one process."
+            )
 
 
 def _require_layers(setting: str, model: nn.Module, layers: Sequence[nn.Module]) -> None:

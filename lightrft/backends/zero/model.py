@@ -35,7 +35,7 @@ class EngineModel(nn.Module):
         self.engine = engine
         self.bf16 = bf16
         self.stepped = stepped
-        # which parameters the backward passes of the window have reached (in stage 2, in what order), as one number
+        # which parameters the backward passes of the window have reached, and in what order, as one number (stage 2)
         self.reached = 0
         self.training = cast("Engine", engine).module.training
 

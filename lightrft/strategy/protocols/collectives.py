@@ -71,7 +71,10 @@ class Teardown(Protocol):
     """Ends what `SetupDistributed` began."""
 
     def __call__(self) -> None:
-        """Free process groups; without a set-up, and a second time, it does nothing."""
+        """Free process groups; without a set-up, and a second time, it does nothing.
+
+        What was prepared before is at home in these groups; after another set-up, prepare it anew.
+        """
         ...
 
 

@@ -254,11 +254,8 @@ def _look(life: _Life) -> None:
     _require_unchanged(before, life, "looking on (evaluation, offload and reload, all_reduce, prepare)")
 
 
-def _set_up(life: _Life, is_torn_down: bool) -> None:
+def _set_up(life: _Life) -> None:
     before = _fingerprints(life)
-    if is_torn_down:
-        life.strategy.teardown()
-        life.strategy.teardown()
     world = life.strategy.setup_distributed()
     _require(world == life.world, f"setup_distributed gave {world} after {life.world}.")
     _require_unchanged(before, life, "setup_distributed")
@@ -294,15 +291,25 @@ def strategy_machine(harness: Harness) -> type[RuleBasedStateMachine]:
             super().__init__()
             self._stack = ExitStack()
 
-        @initialize(seed=st.integers(0, 9), tied=st.booleans(), window=st.sampled_from([1, 2, 4]))
-        def begin(self, seed: int, tied: bool, window: int) -> None:
+        @initialize(
+            seed=st.integers(0, 9),
+            tied=st.booleans(),
+            window=st.sampled_from([1, 2, 4]),
+            was_torn_down=st.booleans(),
+        )
+        def begin(self, seed: int, tied: bool, window: int, was_torn_down: bool) -> None:
             self._stack.enter_context(torch.random.fork_rng())
             directory = self._stack.enter_context(scratch_directory())
             place = strategies_torn_down(harness.subject, rank=0, world_size=1, directory=directory)
             rank = self._stack.enter_context(place)
             config = attrs.evolve(rank.config, max_norm=0.0, micro_train_batch_size=1, train_batch_size=window)
             case = ModelCase(vocabulary=5, hidden=3, tied=tied, seed=seed)
-            self._life = _begin(rank.build(config), directory, case, window)
+            strategy = rank.build(config)
+            if was_torn_down:  # before anything is prepared, because that is at home in the groups that end
+                strategy.setup_distributed()
+                strategy.teardown()
+                strategy.teardown()
+            self._life = _begin(strategy, directory, case, window)
 
         @rule(token=st.integers(0, 4))
         @precondition(lambda self: not self._life.is_pending)
@@ -335,9 +342,9 @@ def strategy_machine(harness: Harness) -> type[RuleBasedStateMachine]:
         def look(self) -> None:
             _look(self._life)
 
-        @rule(is_torn_down=st.booleans())
-        def set_up(self, is_torn_down: bool) -> None:
-            _set_up(self._life, is_torn_down)
+        @rule()
+        def set_up(self) -> None:
+            _set_up(self._life)
 
         @rule(beta=st.sampled_from([0.0, 0.5, 1.0]))
         def moving_average(self, beta: float) -> None:

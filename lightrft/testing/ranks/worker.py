@@ -6,6 +6,7 @@ to standard error.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import queue
@@ -53,6 +54,7 @@ def main() -> None:
         subject = _subject(start)
         # torch imports seconds' worth of modules with its first optimizer, which no program should be charged with
         torch.optim.SGD([torch.zeros(1)])
+        gc.freeze()  # nor with walks over these modules, which a backend that collects garbage itself would make often
         store: Store = next(rendezvous("env://"))[0]
     except BaseException as error:  # noqa: BLE001 (the parent raises it)
         _say(replies, Reply(failure=failure_of(error)))

@@ -279,3 +279,30 @@ def mix(rank: Rank, case: Case) -> Found:
         except StepError as error:
             words[name] = str(error)
     return Found(words=words, tensors={})
+
+
+def steps(strategy: Strategy, trainable: Trainable, case: Case, rank: int, numbers: range) -> dict[str, Tensor]:
+    """Train, and return the tensors at the end."""
+    model, optimizer, scheduler = trainable
+    for step in numbers:
+        for micro in range(case.micro_batches):
+            strategy.backward(loss_of(model, batch(step, rank, micro), (0, 1)), model, optimizer)
+            strategy.optimizer_step(optimizer, model, scheduler)
+    return {name: tensor.clone() for name, tensor in strategy.named_tensors(model)}
+
+
+def resume(rank: Rank, case: Case) -> Found:
+    """Save two steps of one stage, load them into every stage, and train on."""
+    strategy = strategy_of(rank, case)
+    strategy.setup_distributed()
+    trainable = prepared(strategy)
+    steps(strategy, trainable, case, rank.rank, range(2))
+    strategy.save_ckpt(trainable, rank.directory / "saved", step=1)
+    tensors = {f"saved.{name}": each for name, each in steps(strategy, trainable, case, rank.rank, range(2, 4)).items()}
+    for stage in range(4):
+        other = strategy_of(rank, attrs.evolve(case, stage=stage))
+        resumed = prepared(other, seed=1)
+        other.load_ckpt(resumed, rank.directory / "saved")
+        found = steps(other, resumed, case, rank.rank, range(2, 4))
+        tensors |= {f"{stage}.{name}": each for name, each in found.items()}
+    return Found(words={}, tensors=tensors)

@@ -32,7 +32,7 @@ def programs() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
-def run(programs: ModuleType) -> Iterator[RunOnRanks]:
+def run(programs: ModuleType) -> Iterator[RunOnRanks]:  # noqa: ARG001 (workers find them by name)
     """Two ranks."""
     with processes(subject_of("deepspeed", "strategy"), 2, timeout=90.0) as run_on_ranks:
         yield run_on_ranks
@@ -76,11 +76,10 @@ def test_ranks_may_reach_different_parameters(stage: int, run: RunOnRanks, progr
     require_close(run(programs.train, case), programs.expected(case, 2))
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_gradients_that_would_be_mixed_up_are_refused(stage: int, run: RunOnRanks, programs: ModuleType) -> None:
-    """In stages 2 and 3 an expert's gradient would be taken for that of another rank's; the next window is sound."""
-    for one in run(programs.mix, programs.Case(stage=stage)):
-        assert one.words["own"].startswith("zero_stage=2 and 3 exchange gradients as they come")
+def test_gradients_that_would_be_mixed_up_are_refused(run: RunOnRanks, programs: ModuleType) -> None:
+    """In stage 2 an expert's gradient would be taken for that of another rank's; the next window is sound."""
+    for one in run(programs.mix, programs.Case(stage=2)):
+        assert one.words["own"].startswith("zero_stage=2 exchanges gradients as they come")
         assert one.words["all"] == "True"
 
 
@@ -113,6 +112,21 @@ def test_averages_and_plain_copies_are_whole(stage: int, threshold: int, run: Ru
         torch.testing.assert_close(parts["copy"], dict(model.state_dict()), rtol=0, atol=0)
         torch.testing.assert_close(one.tensors["forward"], average(programs.batch(0, 0, 0)).detach())
         assert one.words == {"type": "Model", "tied": "True"}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_what_one_stage_saved_goes_on_in_every_other(stage: int, run: RunOnRanks, programs: ModuleType) -> None:
+    """Parameters, the optimizer's state and the schedule are those of the plain model, whatever wrote them."""
+    for one in run(programs.resume, programs.Case(stage=stage)):
+        parts = {
+            prefix: {
+                name.removeprefix(f"{prefix}."): each for name, each in one.tensors.items() if name[0] == prefix[0]
+            }
+            for prefix in ("saved", "0", "1", "2", "3")
+        }
+        for other in "0123":
+            torch.testing.assert_close(parts[other], parts["saved"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(parts[str(stage)], parts["saved"], rtol=0, atol=0)
 
 
 def test_what_cannot_be_done_is_refused(run: RunOnRanks, programs: ModuleType) -> None:

@@ -181,7 +181,7 @@ def test_layers_are_needed_where_layers_are_meant() -> None:
 
 
 def test_a_recomputed_layer_keeps_its_input_alone() -> None:
-    """In training a layer runs twice, with the same gradient; in evaluation once."""
+    """A layer runs twice in training and evaluation mode, with the same gradient; without gradients once."""
     calls: list[int] = []
 
     class Counted(nn.Linear):
@@ -202,7 +202,10 @@ def test_a_recomputed_layer_keeps_its_input_alone() -> None:
     assert torch.equal(plain, model.weight.grad)
     model.eval()
     model(x).sum().backward()
-    assert len(calls) == 3
+    assert len(calls) == 4
+    with torch.no_grad():
+        model(x)
+    assert len(calls) == 5
 
 
 def test_parameters_without_memory_are_filled_once_where_they_are_tied() -> None:

@@ -57,6 +57,25 @@ def test_several_ranks_obey_every_law(law: str) -> None:
     assert [finding for finding in report.findings if finding.outcome == "broken"] == []
 
 
+def build_stage_3(config: StrategyConfig) -> Strategy:
+    """DeepSpeed's third stage, which shards every parameter, however small."""
+    return STRATEGIES["deepspeed"](attrs.evolve(config, zero_stage=3, zero_persistence_threshold=0))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("target", ["fsdp2", "deepspeed", build_stage_3], ids=str)
+def test_two_processes_obey_every_law(target: str | BuildStrategy) -> None:
+    """On two processes no law is broken by what shards; `make laws` draws more, and holds other numbers of ranks."""
+    report = hold(
+        subject_of(target, "strategy"),
+        list(STRATEGY_LAWS.values()),
+        world_sizes=(2,),
+        max_examples=2,
+        ranks="processes",
+    )
+    assert [finding for finding in report.findings if finding.outcome == "broken"] == []
+
+
 def broken(subject: Subject, law: str) -> list[Finding]:
     """Return what says that the subject breaks the law."""
     report = hold(subject, [LAWS[law]], max_examples=NUM_EXAMPLES)

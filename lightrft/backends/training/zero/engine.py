@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from typing import cast
 
@@ -17,7 +17,7 @@ from lightrft.backends.zero.package import Engine, import_deepspeed
 from lightrft.backends.zero.shards import whole_shape
 from lightrft.errors import StepError, UnsupportedError
 
-__all__ = ["build_engine", "engine_of", "unwrap_engine"]
+__all__ = ["build_engine", "engine_of", "has_elements", "unwrap_engine"]
 
 _NOT_ELEMENTWISE = ("Adafactor", "Adagrad", "LBFGS", "Muon", "SparseAdam")
 """Optimizers of torch that look at whole tensors, or have state before their first step."""
@@ -78,28 +78,33 @@ def build_engine(
         for parameter in marked:
             del vars(parameter)["ds_status"]
     prepared = EngineModel(cast("nn.Module", engine), bf16=bf16, stepped=stepped)
-    if optimizer is not None and stage > 1:
-        _watch(prepared, model, is_ordered=stage == 2)
+    if optimizer is not None and stage == 2:  # stage 3 looks itself, when it gathers parameters
+        _watch(prepared, model)
     return prepared
 
 
-def _watch(prepared: EngineModel, model: nn.Module, *, is_ordered: bool) -> None:
-    """Note what each backward pass reaches: gradients are exchanged as they come, without their names.
-
-    In stage 3 they are sorted before, so that the order plays no part.
-    """
+def _watch(prepared: EngineModel, model: nn.Module) -> None:
+    """Note what each backward pass reaches: gradients are exchanged as they come, without their names."""
 
     def note_of(place: int) -> Callable[[torch.Tensor], None]:
         def note(parameter: torch.Tensor) -> None:
             del parameter
-            before = 31 * prepared.reached if is_ordered else prepared.reached
-            prepared.reached = (before + place**3) % REACHED_BELOW
+            prepared.reached = (31 * prepared.reached + place) % REACHED_BELOW
 
         return note
 
     for place, parameter in enumerate(model.parameters(), start=1):
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(note_of(place))  # type: ignore[no-untyped-call]  # so in torch
+
+
+def has_elements(parameters: Iterable[nn.Parameter]) -> bool:
+    """Return whether there is anything to step.
+
+    Args:
+        parameters: whole, or spread over ranks.
+    """
+    return any(each.requires_grad and torch.Size(whole_shape(each)).numel() for each in parameters)
 
 
 def _names_of_groups(model: nn.Module, optimizer: Optimizer | None) -> list[list[str]]:
@@ -133,11 +138,5 @@ def _steppable(optimizer: Optimizer) -> Optimizer:
     if optimizer.state:
         raise UnsupportedError(f"optimizer={name} has state already; prepare it first, and load a checkpoint after it.")
     shared = copy.copy(optimizer)
-    shared.param_groups = [
-        group
-        for group in optimizer.param_groups
-        if any(parameter.requires_grad and torch.Size(whole_shape(parameter)).numel() for parameter in group["params"])
-    ]
-    if not shared.param_groups:
-        raise UnsupportedError(f"optimizer={name} has no parameter with elements to step; unfreeze one.")
+    shared.param_groups = [group for group in optimizer.param_groups if has_elements(group["params"])]
     return shared

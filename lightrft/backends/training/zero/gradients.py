@@ -22,8 +22,8 @@ from lightrft.errors import StepError
 __all__ = ["run_backward", "step_window"]
 
 _MIXED = (
-    "zero_stage=2 and 3 exchange gradients as they come, and the ranks' losses reached different parameters, or the "
-    "same ones in another order; reach all of them on every rank, or use zero_stage=1."
+    "zero_stage=2 exchanges gradients as they come, and the ranks' losses reached different parameters, or the same "
+    "ones in another order; reach all of them on every rank, or use zero_stage=1."
 )
 _EPSILON = 1e-6
 """Added to the norm that a gradient is divided by, as torch does."""
@@ -69,7 +69,7 @@ def step_window(
         )
     _complete(engine)
     reached, cast("EngineModel", model).reached = cast("EngineModel", model).reached, 0
-    taken = _step_native(engine, reached) if clips_itself else _step_bounded(engine, reached, max_norm)
+    taken = _step_native(engine) if clips_itself else _step_bounded(engine, reached, max_norm)
     # schedules of torch ask the optimizer whether it stepped, and it was a copy of it that did
     vars(optimizer)["_opt_called"] = True
     return taken
@@ -139,12 +139,8 @@ def _sum_of_ranks(norm: torch.Tensor, reached: int) -> tuple[float, bool]:
     return math.sqrt(squares) if squares >= 0 else math.nan, second * dist.get_world_size() == first**2
 
 
-def _step_native(engine: Engine, reached: int) -> tuple[float, str | None]:
+def _step_native(engine: Engine) -> tuple[float, str | None]:
     zero = engine.optimizer
-    if engine.zero_optimization_stage() > 1 and not _sum_of_ranks(_nothing(engine), reached)[1]:
-        zero.zero_grad()
-        _clear_buffer(engine)
-        raise StepError(_MIXED)
     empty = [each for each in engine.module.parameters() if is_partitioned(each) and not math.prod(whole_shape(each))]
     for parameter in empty:  # a step begins with nothing gathered, and these always are
         set_gathered(parameter, is_gathered=False)
@@ -158,10 +154,6 @@ def _step_native(engine: Engine, reached: int) -> tuple[float, str | None]:
     zero.zero_grad()
     _clear_buffer(engine)
     return (math.inf, reason_of(math.inf, name)) if zero.overflow else (norm, None)
-
-
-def _nothing(engine: Engine) -> torch.Tensor:
-    return torch.zeros((), device=next(engine.module.parameters()).device)
 
 
 def _clear_buffer(engine: Engine) -> None:

@@ -40,8 +40,9 @@ def partition_model(
         import_module("deepspeed").zero.Init(config_dict_or_path=dict(settings), mem_efficient_linear=False),
     )
     names = {parameter: name for name, parameter in model.named_parameters()}
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
-        fill_meta_parameters([module], device)
+        _fill(module, replaced, device)
         for parameter in module.parameters(recurse=False):
             if not is_partitioned(parameter):
                 _partition(partitioner, parameter, device)
@@ -61,6 +62,18 @@ def broadcast_buffers(collectives: Collectives, model: nn.Module) -> None:
     buffers = dict(model.named_buffers())
     for name, value in (collectives.broadcast(buffers) if buffers else {}).items():
         buffers[name].copy_(value)
+
+
+def _fill(module: nn.Module, replaced: dict[nn.Parameter, nn.Parameter], device: str) -> None:
+    """Give a module's own parameters memory; what is tied to one that was replaced follows it."""
+    before = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    for name, parameter in before.items():
+        if parameter in replaced:
+            setattr(module, name, replaced[parameter])
+    fill_meta_parameters([module], device)
+    for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+        if parameter is not before[name]:
+            replaced[before[name]] = parameter
 
 
 def _partition(partitioner: Partitioner, parameter: nn.Parameter, device: str) -> None:
