@@ -4,6 +4,7 @@
 #   make test    the tests
 #   make check   everything that a change must pass: style, types, import rules, tests with coverage, docs
 #   make laws    the laws of all strategies and engines under other seeds: make laws SEEDS=20
+#   make laws-of-ranks   the laws of what shards, on 1 to 4 processes: make laws-of-ranks EXAMPLES=5
 #   make bench   the benchmarks on this machine, into benchmarks/results/
 #   make mutation   change the algorithms and backends in thousands of places, and list the changes that no test notices
 
@@ -15,12 +16,13 @@ TRL_VENV := .venv-trl
 TRL_READY := $(TRL_VENV)/.ready
 SEED ?= 0
 SEEDS ?= 20
+EXAMPLES ?= 5
 # One thread a process: small tensors are faster so, and two test processes share the cores fairly.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check lint types imports coverage docs laws bench clean
+.PHONY: demo test check lint types imports coverage docs laws laws-of-ranks bench clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml
@@ -62,6 +64,13 @@ laws: $(READY)
 	  for target in single fake hf scripted; do \
 	    echo "seed $$seed"; $(BIN)/lightrft conformance $$target --seed $$seed || exit 1; \
 	  done; \
+	done
+
+laws-of-ranks: $(READY)
+	for settings in "fsdp2" "deepspeed zero_stage=0" "deepspeed zero_stage=1" "deepspeed zero_stage=2" \
+	    "deepspeed zero_stage=3 zero_persistence_threshold=0"; do \
+	  echo "$$settings"; \
+	  $(BIN)/lightrft conformance $$settings --ranks processes --world-size 1 2 3 4 --max-examples $(EXAMPLES) || exit 1; \
 	done
 
 # The peers that want an environment of their own.

@@ -2,7 +2,8 @@
 
 The task is small enough to watch: the prompt is a digit, and the reward is the share of the completion's tokens that
 are that digit. Actor and critic are small transformers with random weights, and leaving the first policy costs a
-little. The curve is the same however many processes there are, and whatever shards them:
+little. The curve is the same however many processes there are, and whatever shards them, until rounding moves the draw
+of a token, some twenty steps later:
 
     python examples/ppo_critic.py
     torchrun --standalone --nproc-per-node 2 examples/ppo_critic.py --strategy fsdp2
@@ -265,7 +266,8 @@ def mean_and_std(strategy: Strategy, experiences: Sequence[Experience]) -> tuple
         {"count": advantages_N.numel(), "first": advantages_N.sum(), "second": advantages_N.square().sum()}, "sum"
     )
     mean = float(sums["first"] / sums["count"])
-    return mean, float(sums["second"] / sums["count"] - mean**2) ** 0.5
+    variance = float(sums["second"] / sums["count"]) - mean**2
+    return mean, max(0.0, variance) ** 0.5  # rounding may leave less than nothing
 
 
 def learn(strategy: Strategy, models: Models, experiences: Sequence[Experience], args: argparse.Namespace) -> None:

@@ -27,6 +27,11 @@ NUM_EXAMPLES = 5
 """Few, so that the tests stay fast; `lightrft conformance` and `make laws` draw more."""
 
 LAWS = {**STRATEGY_LAWS, **ENGINE_LAWS}
+SHARDING: list[dict[str, object]] = [
+    {"strategy": "fsdp2"},
+    {"strategy": "deepspeed", "zero_stage": 2},
+    {"strategy": "deepspeed", "zero_stage": 3, "zero_persistence_threshold": 0},  # 0 shards small parameters too
+]
 SINGLE = subject_of("single", "strategy")
 
 
@@ -57,17 +62,13 @@ def test_several_ranks_obey_every_law(law: str) -> None:
     assert [finding for finding in report.findings if finding.outcome == "broken"] == []
 
 
-def build_stage_3(config: StrategyConfig) -> Strategy:
-    """DeepSpeed's third stage, which shards every parameter, however small."""
-    return STRATEGIES["deepspeed"](attrs.evolve(config, zero_stage=3, zero_persistence_threshold=0))
-
-
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("target", ["fsdp2", "deepspeed", build_stage_3], ids=str)
-def test_two_processes_obey_every_law(target: str | BuildStrategy) -> None:
-    """On two processes no law is broken by what shards; `make laws` draws more, and holds other numbers of ranks."""
+@pytest.mark.parametrize("settings", SHARDING, ids=str)
+def test_two_processes_obey_every_law(settings: dict[str, object]) -> None:
+    """On two processes no law is broken by what shards; `make laws-of-ranks` draws more, on 1 to 4 of them."""
+    config = StrategyConfig.from_mapping(settings)
     report = hold(
-        subject_of(target, "strategy"),
+        subject_of(str(config.strategy), "strategy", config=config),
         list(STRATEGY_LAWS.values()),
         world_sizes=(2,),
         max_examples=2,
