@@ -37,7 +37,7 @@ class EngineModel(nn.Module):
         self.stepped = stepped
         # which parameters the backward passes of the window have reached, and in what order, as one number (stage 2)
         self.reached = 0
-        self.training = cast("Engine", engine).module.training
+        self.training: bool = cast("Engine", engine).module.training
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """Return what the model returns for these arguments."""
