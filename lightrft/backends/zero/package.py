@@ -154,13 +154,11 @@ def import_deepspeed() -> DeepSpeed:
     # its kinds of device are guessed by what is installed, which finds no CPU; the launcher's variable it must have
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device_of_process() != "cpu" else "cpu")
     os.environ.setdefault("LOCAL_RANK", str(local_rank_of_launch()))
-    is_new = "deepspeed" not in sys.modules
     package = import_module("deepspeed")
-    if is_new:
-        _quieten()
-        # compiled when it is first used, for a minute, for an inference engine that is not used here; and where the
-        # compiler is killed, its lock makes every later run wait for ever
-        cast("dict[str, bool]", import_module("deepspeed.ops").__compatible_ops__)["deepspeed_shm_comm"] = False
+    _quieten()
+    # compiled when it is first used, for a minute, for an inference engine that is not used here; and where the
+    # compiler is killed, its lock makes every later run wait for ever
+    cast("dict[str, bool]", import_module("deepspeed.ops").__compatible_ops__)["deepspeed_shm_comm"] = False
     _forget_groups(import_module("deepspeed.utils.groups"))
     package.comm.init_distributed(dist_init_required=False, verbose=False)
     return cast("DeepSpeed", package)
@@ -170,7 +168,7 @@ def _quieten() -> None:
     # what a program prints is its own, and it cannot help that torch 2.13 has new names for two collectives
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     for handler in logging.getLogger("DeepSpeed").handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if type(handler) is logging.StreamHandler:  # what derives from it is somebody else's
             cast("logging.StreamHandler[TextIO]", handler).setStream(sys.stderr)
 
 

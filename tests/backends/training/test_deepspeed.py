@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -152,9 +153,10 @@ def test_a_missing_package_is_named_when_the_strategy_is_chosen(monkeypatch: pyt
 PROGRAM = """
 import sys, torch
 from lightrft.strategy.build import get_strategy
+loaded = "deepspeed" in sys.modules
 for stage in (2, 3):
     strategy = get_strategy({"strategy": "deepspeed", "zero_stage": stage})
-    assert stage == 3 or "deepspeed" not in sys.modules
+    assert stage == 3 or loaded == ("deepspeed" in sys.modules)
     model = torch.nn.Linear(2, 1)
     model, optimizer, _ = strategy.prepare((model, strategy.create_optimizer(model), None))
     strategy.backward(model(torch.ones(1, 2)).sum(), model, optimizer)
@@ -170,6 +172,20 @@ def test_a_plain_process_prints_its_own_words_alone() -> None:
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, check=False
     )
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
+def test_nothing_is_compiled_where_the_package_was_imported_before(tmp_path: Path) -> None:
+    """A killed compiler's lock would make later runs wait; who imports DeepSpeed first changes nothing about it."""
+    done = subprocess.run(  # noqa: S603 (our own program)
+        [sys.executable, "-c", f"import deepspeed\n{PROGRAM}"],
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_settings_of_a_cpu_move_nothing() -> None:
