@@ -74,9 +74,10 @@ def _tested_laws(found: re.Match[str]) -> str:
     for section, chosen in groupby(laws.values(), key=_section):
         rows = [f"| `{law.id}` | {law.statement} | {_conditions(law)} |" for law in chosen]
         parts += [f"### {section.capitalize()}\n", "| law | what it says | said of |", "| --- | --- | --- |", *rows, ""]
-        defects = [mutant.defect for mutant in MUTANTS.values() if mutant.id.partition(".")[0] == section]
-        if defects:
-            parts += ["Bugs that were planted, and that a law finds:\n", *(f"- {defect}" for defect in defects), ""]
+        planted = [mutant for mutant in MUTANTS.values() if mutant.id.partition(".")[0] == section]
+        if planted:
+            rows = [f"| {mutant.defect} | `{mutant.law}` |" for mutant in planted]
+            parts += ["| bug that was planted | law that finds it |", "| --- | --- |", *rows, ""]
     return "\n".join(parts)
 
 

@@ -334,81 +334,99 @@ def _hides_disagreement(strategy: Strategy, config: StrategyConfig) -> Strategy:
 
 MUTANTS: tuple[Mutant, ...] = (
     strategy_mutant(
-        "collectives.float32", "all_reduce goes through float32 and loses bits of wider numbers.", _reduces_in_float32
+        "collectives.all_reduce_sum.float32",
+        "all_reduce goes through float32 and loses bits of wider numbers.",
+        _reduces_in_float32,
     ),
     strategy_mutant(
-        "collectives.sum_for_mean",
+        "collectives.all_reduce_mean.sum_for_mean",
         "all_reduce sums where the mean is asked for.",
         _sums_for_mean,
         of=build_simulated,
         world_size=2,
     ),
     strategy_mutant(
-        "collectives.ignored_op",
+        "collectives.all_reduce_max.ignored_op",
         "all_reduce takes the smallest value for the largest.",
         _ignores_op,
         of=build_simulated,
         world_size=2,
     ),
     strategy_mutant(
-        "collectives.widened_scalar", "all_reduce makes a 0-d tensor one of shape (1,).", _forgets_shape_of_0d
+        "collectives.all_reduce_sum.widened_scalar",
+        "all_reduce makes a 0-d tensor one of shape (1,).",
+        _forgets_shape_of_0d,
     ),
-    strategy_mutant("collectives.in_place", "all_reduce overwrites its input.", _reduces_in_place),
-    strategy_mutant("collectives.aliased", "all_reduce returns the input itself.", _returns_the_input),
+    strategy_mutant("collectives.all_reduce_sum.in_place", "all_reduce overwrites its input.", _reduces_in_place),
+    strategy_mutant("collectives.all_reduce_sum.aliased", "all_reduce returns the input itself.", _returns_the_input),
     strategy_mutant(
-        "collectives.bools",
+        "collectives.all_reduce_max.bools",
         "max of bools is True only if all are.",
         _takes_all_for_any,
         of=build_simulated,
         world_size=2,
     ),
-    strategy_mutant("collectives.flattened", "all_reduce joins the keys of nested dicts.", _flattens_keys),
-    strategy_mutant("collectives.widened_dtype", "all_reduce returns halves as float32.", _widens_halves),
-    strategy_mutant("collectives.empty", "all_reduce fails on a tensor without elements.", _fails_on_nothing),
-    strategy_mutant("collectives.any_mean", "all_reduce gives a mean of whole numbers.", _accepts_any_mean),
-    strategy_mutant("collectives.sum_of_bools", "all_reduce gives a sum of bools.", _allows("sum")),
-    strategy_mutant("collectives.complex_order", "all_reduce gives the largest of complex numbers.", _allows("max")),
-    strategy_mutant("collectives.graph", "The result of all_gather requires gradients.", _keeps_the_graph),
-    strategy_mutant("collectives.nan", "max passes over NaN.", _loses_nan),
-    strategy_mutant("collectives.gathered_scalar", "all_gather of one scalar is a scalar.", _gathers_0d_as_0d),
     strategy_mutant(
-        "collectives.backwards",
+        "collectives.all_reduce_sum.flattened", "all_reduce joins the keys of nested dicts.", _flattens_keys
+    ),
+    strategy_mutant(
+        "collectives.all_reduce_sum.widened_dtype", "all_reduce returns halves as float32.", _widens_halves
+    ),
+    strategy_mutant(
+        "collectives.all_reduce_sum.empty", "all_reduce fails on a tensor without elements.", _fails_on_nothing
+    ),
+    strategy_mutant("collectives.refusals.any_mean", "all_reduce gives a mean of whole numbers.", _accepts_any_mean),
+    strategy_mutant("collectives.refusals.sum_of_bools", "all_reduce gives a sum of bools.", _allows("sum")),
+    strategy_mutant(
+        "collectives.refusals.complex_order", "all_reduce gives the largest of complex numbers.", _allows("max")
+    ),
+    strategy_mutant("collectives.gradients.graph", "The result of all_gather requires gradients.", _keeps_the_graph),
+    strategy_mutant("collectives.not_numbers.nan", "max passes over NaN.", _loses_nan),
+    strategy_mutant(
+        "collectives.all_gather.gathered_scalar", "all_gather of one scalar is a scalar.", _gathers_0d_as_0d
+    ),
+    strategy_mutant(
+        "collectives.all_gather.backwards",
         "all_gather concatenates in reverse rank order.",
         _gathers_backwards,
         of=build_simulated,
         world_size=2,
     ),
     strategy_mutant(
-        "collectives.src",
+        "collectives.broadcast.src",
         "broadcast sends from rank 0, whatever src.",
         _sends_from_rank_0,
         of=build_simulated,
         world_size=2,
     ),
-    strategy_mutant("collectives.seeded_again", "A second set-up seeds the random stream again.", _seeds_again),
+    strategy_mutant("collectives.seeds.seeded_again", "A second set-up seeds the random stream again.", _seeds_again),
     strategy_mutant(
-        "collectives.equal_ranks",
+        "collectives.seeds.equal_ranks",
         "All ranks draw the same random numbers.",
         _seeds_all_ranks_alike,
         of=build_simulated,
         world_size=2,
     ),
     strategy_mutant(
-        "collectives.loud", "print prints on every rank.", _prints_on_every_rank, of=build_simulated, world_size=2
+        "collectives.print.loud", "print prints on every rank.", _prints_on_every_rank, of=build_simulated, world_size=2
     ),
     strategy_mutant(
-        "collectives.leaders",
+        "collectives.world.leaders",
         "is_rank_0 is True on every rank.",
         _leads_on_every_rank,
         of=build_simulated,
         world_size=2,
     ),
-    strategy_mutant("collectives.timeout", "A timeout that nothing can keep is accepted.", _accepts_any_timeout),
+    strategy_mutant("collectives.world.timeout", "A timeout that nothing can keep is accepted.", _accepts_any_timeout),
     strategy_mutant(
-        "collectives.open_barrier", "barrier does not wait.", _passes_the_barrier, of=build_simulated, world_size=2
+        "collectives.barrier.open_barrier",
+        "barrier does not wait.",
+        _passes_the_barrier,
+        of=build_simulated,
+        world_size=2,
     ),
     strategy_mutant(
-        "collectives.unchecked",
+        "collectives.disagreement.unchecked",
         "all_reduce gives values to ranks that disagree.",
         _hides_disagreement,
         of=build_simulated,

@@ -52,10 +52,14 @@ def _knows_its_first_model(strategy: Strategy, config: StrategyConfig) -> Strate
 
 MUTANTS: tuple[Mutant, ...] = (
     strategy_mutant(
-        "composition.positional", "A function cannot be called with the keyword of its contract.", _steps_by_position
+        "composition.transparent.positional",
+        "A function cannot be called with the keyword of its contract.",
+        _steps_by_position,
     ),
     strategy_mutant(
-        "composition.first_model", "The strategy remembers the first model that it saw.", _knows_its_first_model
+        "composition.transparent.first_model",
+        "The strategy remembers the first model that it saw.",
+        _knows_its_first_model,
     ),
 )
 """Bugs that the laws of the section "composition" find."""

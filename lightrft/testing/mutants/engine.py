@@ -320,59 +320,101 @@ def _colder_draws(
 
 
 MUTANTS: tuple[Mutant, ...] = (
-    engine_mutant("engine.reversed", "Completions come in the reverse order of the prompts.", _generating(_reversed)),
-    engine_mutant("engine.rotated", "Each prompt is given the completion of the next one.", _generating(_rotated)),
     engine_mutant(
-        "engine.first_sample_alone", "Of n samples only the first comes back.", _generating(_first_sample_alone)
+        "engine.order.reversed", "Completions come in the reverse order of the prompts.", _generating(_reversed)
     ),
     engine_mutant(
-        "engine.copied_samples", "The n samples of a prompt are copies of one another.", _generating(_copied_samples)
+        "engine.greedy.rotated", "Each prompt is given the completion of the next one.", _generating(_rotated)
     ),
     engine_mutant(
-        "engine.one_stream",
+        "engine.order.first_sample_alone", "Of n samples only the first comes back.", _generating(_first_sample_alone)
+    ),
+    engine_mutant(
+        "engine.seed.copied_samples",
+        "The n samples of a prompt are copies of one another.",
+        _generating(_copied_samples),
+    ),
+    engine_mutant(
+        "engine.seed.one_stream",
         "All prompts of a call draw from the same random stream.",
         _generating(_same_stream_for_all_prompts),
     ),
     engine_mutant(
-        "engine.added_keys",
+        "engine.seed.added_keys",
         "A random stream is named by the sum of seed, prompt and sample.",
         _generating(_added_keys),
     ),
-    engine_mutant("engine.one_uniform", "Every token is drawn with the same number.", _generating(_one_uniform)),
-    engine_mutant("engine.padded", "Prompts are padded on the left and the padding is seen.", _generating(_padded)),
     engine_mutant(
-        "engine.after_stop", "What was generated after a stop token is kept.", _generating(_continued_after_stop)
+        "engine.sampling_distribution.one_uniform",
+        "Every token is drawn with the same number.",
+        _generating(_one_uniform),
     ),
-    engine_mutant("engine.cut_stop", "The stop token is cut off.", _each(_without_stop_token)),
-    engine_mutant("engine.always_length", "The finish reason is always 'length'.", _each(_always_length)),
     engine_mutant(
-        "engine.last_stop",
+        "engine.greedy.padded", "Prompts are padded on the left and the padding is seen.", _generating(_padded)
+    ),
+    engine_mutant(
+        "engine.order.after_stop", "What was generated after a stop token is kept.", _generating(_continued_after_stop)
+    ),
+    engine_mutant("engine.order.cut_stop", "The stop token is cut off.", _each(_without_stop_token)),
+    engine_mutant("engine.order.always_length", "The finish reason is always 'length'.", _each(_always_length)),
+    engine_mutant(
+        "engine.order.last_stop",
         "A stop token as the last token that fits counts as 'length'.",
         _each(_stop_at_the_end_is_length),
     ),
-    engine_mutant("engine.first_version", "Completions carry version 0 after an update.", _each(_first_version)),
-    engine_mutant("engine.shifted_logprobs", "Logprobs are those of the next token.", _each(_shifted_logprobs)),
-    engine_mutant("engine.logprobs_at_1", "Logprobs are taken before the temperature.", _generating(_rescored)),
-    engine_mutant("engine.logprobs_after_top_k", "Logprobs are taken after top-k.", _generating(_rescored_after_top_k)),
-    engine_mutant("engine.one_more_token", "Completions have one token more than asked for.", _asking(_one_more_token)),
-    engine_mutant("engine.dropped_images", "Images are dropped without a word.", _asking(_without_images)),
-    engine_mutant("engine.dropped_empty", "Empty prompts are dropped without a word.", _asking(_without_empty)),
-    engine_mutant("engine.cut_prompts", "Long prompts are cut without a word.", _asking(_cut_to_context)),
-    engine_mutant("engine.greedy_draws", "At temperature 0 tokens are drawn at temperature 1.", _asking(_greedy_draws)),
-    engine_mutant("engine.global_seed", "The seed comes from torch's global stream.", _asking(_other_seed)),
-    engine_mutant("engine.one_seed", "All seeds give the same draws.", _asking(_one_seed)),
-    engine_mutant("engine.batch_seed", "Random streams depend on how much is in the call.", _asking(_seed_by_batch)),
-    engine_mutant("engine.numbered_from_0", "A part of a request draws as its first part.", _asking(_numbered_from_0)),
-    engine_mutant("engine.no_top_k", "top_k does nothing.", _asking(_no_top_k)),
-    engine_mutant("engine.no_top_p", "top_p does nothing.", _asking(_no_top_p)),
-    engine_mutant("engine.top_p_alone", "top_k does nothing beside top_p.", _asking(_top_p_alone)),
-    engine_mutant("engine.known_tokens", "Unknown tokens of a prompt become known ones.", _asking(_known_tokens)),
-    engine_mutant("engine.known_stops", "Unknown stop tokens are dropped without a word.", _asking(_known_stops)),
+    engine_mutant("engine.update.first_version", "Completions carry version 0 after an update.", _each(_first_version)),
     engine_mutant(
-        "engine.lowered_minimum", "A min_new_tokens that is too large is lowered.", _asking(_lowered_minimum)
+        "engine.logprobs.shifted_logprobs", "Logprobs are those of the next token.", _each(_shifted_logprobs)
     ),
-    engine_mutant("engine.cut_to_room", "max_new_tokens is lowered to what fits.", _asking(_cut_to_room)),
-    engine_mutant("engine.no_minimum", "min_new_tokens does nothing.", _asking(_no_minimum)),
-    engine_mutant("engine.colder", "The temperature divides twice, in the draws alone.", _generating(_colder_draws)),
+    engine_mutant(
+        "engine.logprobs.logprobs_at_1", "Logprobs are taken before the temperature.", _generating(_rescored)
+    ),
+    engine_mutant(
+        "engine.sampling_distribution.logprobs_after_top_k",
+        "Logprobs are taken after top-k.",
+        _generating(_rescored_after_top_k),
+    ),
+    engine_mutant(
+        "engine.order.one_more_token", "Completions have one token more than asked for.", _asking(_one_more_token)
+    ),
+    engine_mutant("engine.refusals.dropped_images", "Images are dropped without a word.", _asking(_without_images)),
+    engine_mutant(
+        "engine.refusals.dropped_empty", "Empty prompts are dropped without a word.", _asking(_without_empty)
+    ),
+    engine_mutant("engine.refusals.cut_prompts", "Long prompts are cut without a word.", _asking(_cut_to_context)),
+    engine_mutant(
+        "engine.greedy.greedy_draws", "At temperature 0 tokens are drawn at temperature 1.", _asking(_greedy_draws)
+    ),
+    engine_mutant("engine.seed.global_seed", "The seed comes from torch's global stream.", _asking(_other_seed)),
+    engine_mutant("engine.seed.one_seed", "All seeds give the same draws.", _asking(_one_seed)),
+    engine_mutant(
+        "engine.batch_composition.batch_seed",
+        "Random streams depend on how much is in the call.",
+        _asking(_seed_by_batch),
+    ),
+    engine_mutant(
+        "engine.part.numbered_from_0", "A part of a request draws as its first part.", _asking(_numbered_from_0)
+    ),
+    engine_mutant("engine.sampling_distribution.no_top_k", "top_k does nothing.", _asking(_no_top_k)),
+    engine_mutant("engine.sampling_distribution.no_top_p", "top_p does nothing.", _asking(_no_top_p)),
+    engine_mutant(
+        "engine.sampling_distribution.top_p_alone", "top_k does nothing beside top_p.", _asking(_top_p_alone)
+    ),
+    engine_mutant(
+        "engine.refusals.known_tokens", "Unknown tokens of a prompt become known ones.", _asking(_known_tokens)
+    ),
+    engine_mutant(
+        "engine.refusals.known_stops", "Unknown stop tokens are dropped without a word.", _asking(_known_stops)
+    ),
+    engine_mutant(
+        "engine.refusals.lowered_minimum", "A min_new_tokens that is too large is lowered.", _asking(_lowered_minimum)
+    ),
+    engine_mutant("engine.refusals.cut_to_room", "max_new_tokens is lowered to what fits.", _asking(_cut_to_room)),
+    engine_mutant("engine.greedy.no_minimum", "min_new_tokens does nothing.", _asking(_no_minimum)),
+    engine_mutant(
+        "engine.sampling_distribution.colder",
+        "The temperature divides twice, in the draws alone.",
+        _generating(_colder_draws),
+    ),
 )
 """What an engine can give out wrongly."""

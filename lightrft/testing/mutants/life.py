@@ -102,10 +102,14 @@ def _averages_before_it_checks(strategy: Strategy, config: StrategyConfig) -> St
 
 
 MUTANTS: tuple[Mutant, ...] = (
-    strategy_mutant("life.empty_step", "A step without a backward is accepted.", _steps_without_backward),
-    strategy_mutant("life.overwritten", "Saving a step that exists overwrites it.", _overwrites),
-    strategy_mutant("life.dropped_window", "Loading drops the gradients of an open window.", _drops_the_window),
-    strategy_mutant("life.step_0", "A checkpoint of step 0 is not found.", _finds_none),
-    strategy_mutant("life.late_check", "A refused moving average has moved already.", _averages_before_it_checks),
+    strategy_mutant("life.strategy.empty_step", "A step without a backward is accepted.", _steps_without_backward),
+    strategy_mutant("life.strategy.overwritten", "Saving a step that exists overwrites it.", _overwrites),
+    strategy_mutant(
+        "life.strategy.dropped_window", "Loading drops the gradients of an open window.", _drops_the_window
+    ),
+    strategy_mutant("life.strategy.step_0", "A checkpoint of step 0 is not found.", _finds_none),
+    strategy_mutant(
+        "life.strategy.late_check", "A refused moving average has moved already.", _averages_before_it_checks
+    ),
 )
 """Bugs that the law about whole lives finds."""

@@ -47,7 +47,7 @@ class Mutant:
     """A planted bug.
 
     Attributes:
-        id: section of the laws that should find it, and name, such as "step.summed_accumulation".
+        id: the law that finds it, and its name, such as "step.accumulation.summed".
         defect: what is wrong, in words.
         subject: the wrong strategy or engine.
         world_size: on how many ranks it is run; several are simulated.
@@ -57,6 +57,11 @@ class Mutant:
     defect: str
     subject: Subject
     world_size: int
+
+    @property
+    def law(self) -> str:
+        """Id of the law that finds it."""
+        return self.id.rpartition(".")[0]
 
 
 def strategy_mutant(
@@ -70,7 +75,7 @@ def strategy_mutant(
     """Return the mutant of a strategy.
 
     Args:
-        id: section and name.
+        id: law and name.
         defect: what is wrong, in words.
         breaks: plants the bug.
         of: builds the right strategy.
@@ -87,7 +92,7 @@ def engine_mutant(id: str, defect: str, breaks: BreakEngine, *, of: str = "hf") 
     """Return the mutant of an engine.
 
     Args:
-        id: section and name.
+        id: law and name.
         defect: what is wrong, in words.
         breaks: plants the bug.
         of: registry key of the right engine.

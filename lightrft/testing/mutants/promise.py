@@ -132,15 +132,19 @@ def _step(optimizer: Optimizer, is_boundary: bool | None, /) -> None:
 
 
 MUTANTS: tuple[Mutant, ...] = (
-    _telling_mutant("promise_forgotten", "A step may contradict what backward was told.", _nothing),
-    _telling_mutant("promise_of_more_forgotten", "A window ends where more was promised.", _ends_alone),
-    _telling_mutant("promise_of_end_forgotten", "A window goes on where its end was promised.", _more_alone),
-    _telling_mutant("end_assumed", "Backward that was told nothing takes it for the window's end.", _none_as_end),
-    strategy_mutant("step.promised_lost", "What waits for the end of the window is lost.", _lose_promised),
-    _contradiction_mutant("promise_below_count", "The count may contradict what backward was told.", _believe_count),
-    _contradiction_mutant("refused_counts", "A step that is refused counts as a micro-batch.", _count),
-    _contradiction_mutant("refused_ends", "After a step that was refused the right one is refused too.", _end),
-    _contradiction_mutant("refused_clears", "A step that is refused clears the gradients.", _clear),
-    _contradiction_mutant("refused_steps", "A step that is refused has moved the parameters.", _step),
+    _telling_mutant("promise.promise_forgotten", "A step may contradict what backward was told.", _nothing),
+    _telling_mutant("promise.promise_of_more_forgotten", "A window ends where more was promised.", _ends_alone),
+    _telling_mutant("promise.promise_of_end_forgotten", "A window goes on where its end was promised.", _more_alone),
+    _telling_mutant(
+        "promise.end_assumed", "Backward that was told nothing takes it for the window's end.", _none_as_end
+    ),
+    strategy_mutant("step.promise.promised_lost", "What waits for the end of the window is lost.", _lose_promised),
+    _contradiction_mutant(
+        "promise.promise_below_count", "The count may contradict what backward was told.", _believe_count
+    ),
+    _contradiction_mutant("promise.refused_counts", "A step that is refused counts as a micro-batch.", _count),
+    _contradiction_mutant("promise.refused_ends", "After a step that was refused the right one is refused too.", _end),
+    _contradiction_mutant("promise.refused_clears", "A step that is refused clears the gradients.", _clear),
+    _contradiction_mutant("promise.refused_steps", "A step that is refused has moved the parameters.", _step),
 )
 """The mutants."""

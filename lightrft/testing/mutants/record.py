@@ -171,42 +171,62 @@ def _counts_calls(strategy: Strategy, config: StrategyConfig) -> Strategy:
 
 MUTANTS: tuple[Mutant, ...] = (
     strategy_mutant(
-        "record.name", "A parameter has another name than in the contract.", _with_field("broadcast", _misnamed)
-    ),
-    strategy_mutant("record.default", "A parameter has another default.", _with_field("broadcast", _other_default)),
-    strategy_mutant(
-        "record.kind", "A parameter can be passed by keyword alone.", _with_field("broadcast", _keyword_only)
+        "record.signatures.name",
+        "A parameter has another name than in the contract.",
+        _with_field("broadcast", _misnamed),
     ),
     strategy_mutant(
-        "record.swallowed", "A function takes whatever it is given.", _with_field("broadcast", _swallowing)
+        "record.signatures.default", "A parameter has another default.", _with_field("broadcast", _other_default)
     ),
-    strategy_mutant("record.partial", "A function is a functools.partial.", _binds_with_partial),
     strategy_mutant(
-        "record.partial_settings",
+        "record.signatures.kind", "A parameter can be passed by keyword alone.", _with_field("broadcast", _keyword_only)
+    ),
+    strategy_mutant(
+        "record.signatures.swallowed", "A function takes whatever it is given.", _with_field("broadcast", _swallowing)
+    ),
+    strategy_mutant("record.signatures.partial", "A function is a functools.partial.", _binds_with_partial),
+    strategy_mutant(
+        "record.signatures.partial_settings",
         "A function has its settings bound by functools.partial.",
         _with_field("broadcast", functools.partial(_bound, backend="gloo")),
     ),
-    strategy_mutant("record.method", "A function is a method of an object that counts.", _uses_a_method),
-    strategy_mutant("record.none", "A function that the backend lacks is None.", _with_field("report_memory", None)),
-    strategy_mutant("record.mutable", "The record can be changed.", _is_mutable),
-    strategy_mutant("record.missing", "The record lacks a function.", _lacks_a_field),
-    strategy_mutant("record.unknown_claim", "A capability is claimed that nobody knows.", _with_claims("bf16", "fp7")),
-    strategy_mutant("record.false_claim", "Several ranks are claimed and refused.", _with_claims("bf16", "ranks")),
-    strategy_mutant("record.silent_bf16", "bf16 is not claimed, and is accepted.", _with_claims()),
+    strategy_mutant("record.signatures.method", "A function is a method of an object that counts.", _uses_a_method),
     strategy_mutant(
-        "record.ignored_bf16", "bf16 is claimed, and float32 is used.", _with_claims("bf16"), of=_ignoring("bf16")
+        "record.signatures.none", "A function that the backend lacks is None.", _with_field("report_memory", None)
+    ),
+    strategy_mutant("record.frozen.mutable", "The record can be changed.", _is_mutable),
+    strategy_mutant("record.signatures.missing", "The record lacks a function.", _lacks_a_field),
+    strategy_mutant(
+        "record.frozen.unknown_claim", "A capability is claimed that nobody knows.", _with_claims("bf16", "fp7")
     ),
     strategy_mutant(
-        "record.silent_ranks", "Each of several processes would train alone.", _with_claims("bf16"), of=_unlaunched
+        "record.claims.false_claim", "Several ranks are claimed and refused.", _with_claims("bf16", "ranks")
     ),
-    strategy_mutant("config.seeding", "Building seeds torch's random stream.", _with_effect(_seeds)),
-    strategy_mutant("config.shuffling", "Building seeds Python's random stream.", _with_effect(_shuffles)),
-    strategy_mutant("config.environment", "Building changes the environment.", _with_effect(_sets_environment)),
+    strategy_mutant("record.claims.silent_bf16", "bf16 is not claimed, and is accepted.", _with_claims()),
     strategy_mutant(
-        "config.import", "Building imports an engine that was not chosen.", _with_effect(_imports_an_engine)
+        "record.claims.ignored_bf16",
+        "bf16 is claimed, and float32 is used.",
+        _with_claims("bf16"),
+        of=_ignoring("bf16"),
     ),
     strategy_mutant(
-        "config.hidden_window", "The position in the window is counted inside of the strategy.", _counts_calls
+        "record.claims.silent_ranks",
+        "Each of several processes would train alone.",
+        _with_claims("bf16"),
+        of=_unlaunched,
+    ),
+    strategy_mutant("config.building.seeding", "Building seeds torch's random stream.", _with_effect(_seeds)),
+    strategy_mutant("config.building.shuffling", "Building seeds Python's random stream.", _with_effect(_shuffles)),
+    strategy_mutant(
+        "config.building.environment", "Building changes the environment.", _with_effect(_sets_environment)
+    ),
+    strategy_mutant(
+        "config.building.import", "Building imports an engine that was not chosen.", _with_effect(_imports_an_engine)
+    ),
+    strategy_mutant(
+        "config.interchangeable.hidden_window",
+        "The position in the window is counted inside of the strategy.",
+        _counts_calls,
     ),
 )
 """Bugs that the laws of the sections "record" and "config" find."""

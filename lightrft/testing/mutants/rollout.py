@@ -243,7 +243,7 @@ def _with_drawing_engine(mutant: Mutant) -> Mutant:
 
 MUTANTS: tuple[Mutant, ...] = (
     strategy_mutant(
-        "rollout.of_rank_0",
+        "rollout.generate.of_rank_0",
         "Every rank is given the completions of rank 0.",
         _gathering(_of_rank_0),
         of=build_simulated,
@@ -251,7 +251,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _with_drawing_engine(
         strategy_mutant(
-            "rollout.apart",
+            "rollout.generate.apart",
             "The random streams of every rank are those of rank 0.",
             _gathering(_apart),
             of=build_simulated,
@@ -259,22 +259,28 @@ MUTANTS: tuple[Mutant, ...] = (
         )
     ),
     strategy_mutant(
-        "rollout.one_each", "One completion of each prompt comes back instead of n.", _gathering(_one_each)
+        "rollout.generate.one_each", "One completion of each prompt comes back instead of n.", _gathering(_one_each)
     ),
     strategy_mutant(
-        "rollout.by_length", "Completions come in the order of the prompts' lengths.", _gathering(_by_length)
+        "rollout.generate.by_length", "Completions come in the order of the prompts' lengths.", _gathering(_by_length)
     ),
-    strategy_mutant("rollout.unverified", "Nobody looks whether the weights arrived.", _unverified),
-    strategy_mutant("rollout.first_weights", "A sync sends the weights of the start.", _of_first_weights),
-    strategy_mutant("rollout.uncounted", "The report counts parameters and leaves out buffers and ties.", _uncounted),
-    strategy_mutant("rollout.all_trained", "A sync leaves every module in training mode.", _all_trained),
-    strategy_mutant("rollout.drawing", "A sync moves the random stream.", _drawing),
-    strategy_mutant("rollout.nan_agrees", "A probe that is not a number counts as agreement.", _nan_agrees),
-    strategy_mutant("rollout.forgiven", "After a failed sync the engine is awake.", _forgiven),
-    strategy_mutant("rollout.untorn", "After a sync that broke off the update stays open.", _untorn),
-    strategy_mutant("rollout.always_asleep", "The engine sleeps whatever the config says.", _always_asleep),
-    strategy_mutant("rollout.never_asleep", "The engine never sleeps.", _never_asleep),
-    strategy_mutant("rollout.never_woken", "The engine is never woken.", _never_woken),
-    strategy_mutant("rollout.fallen_back", "An unknown engine is replaced without a word.", _fallen_back),
+    strategy_mutant("rollout.failed_update.unverified", "Nobody looks whether the weights arrived.", _unverified),
+    strategy_mutant("rollout.update.first_weights", "A sync sends the weights of the start.", _of_first_weights),
+    strategy_mutant(
+        "rollout.update.uncounted", "The report counts parameters and leaves out buffers and ties.", _uncounted
+    ),
+    strategy_mutant("rollout.update.all_trained", "A sync leaves every module in training mode.", _all_trained),
+    strategy_mutant("rollout.update.drawing", "A sync moves the random stream.", _drawing),
+    strategy_mutant(
+        "rollout.failed_update.nan_agrees", "A probe that is not a number counts as agreement.", _nan_agrees
+    ),
+    strategy_mutant("rollout.failed_update.forgiven", "After a failed sync the engine is awake.", _forgiven),
+    strategy_mutant("rollout.failed_update.untorn", "After a sync that broke off the update stays open.", _untorn),
+    strategy_mutant("rollout.sleep.always_asleep", "The engine sleeps whatever the config says.", _always_asleep),
+    strategy_mutant("rollout.sleep.never_asleep", "The engine never sleeps.", _never_asleep),
+    strategy_mutant("rollout.sleep.never_woken", "The engine is never woken.", _never_woken),
+    strategy_mutant(
+        "rollout.unknown_engine.fallen_back", "An unknown engine is replaced without a word.", _fallen_back
+    ),
 )
 """What a strategy can do wrongly around its engine."""

@@ -446,74 +446,86 @@ def _clear_in_evaluation(strategy: Strategy, config: StrategyConfig, /) -> Strat
 
 
 MUTANTS: tuple[Mutant, ...] = (
-    _backward_mutant("summed", "Gradients of a window are summed and not averaged.", _sum),
-    _backward_mutant("wrong_divisor", "A micro-batch is divided by samples where its loss is a mean.", _divide_wrongly),
-    _backward_mutant("first_lost", "The first micro-batch of a window is lost.", _lose_first),
-    _backward_mutant("last_lost", "The last micro-batch of a window is lost.", _lose_last),
-    _backward_mutant("weight_ignored", "Weights play no part.", _ignore_weight),
-    _backward_mutant("zero_weight_is_none", "A weight of 0 is taken for no weight.", _take_zero_for_none),
+    _backward_mutant("accumulation.summed", "Gradients of a window are summed and not averaged.", _sum),
     _backward_mutant(
-        "averaged_over_ranks",
+        "accumulation.wrong_divisor", "A micro-batch is divided by samples where its loss is a mean.", _divide_wrongly
+    ),
+    _backward_mutant("accumulation.first_lost", "The first micro-batch of a window is lost.", _lose_first),
+    _backward_mutant("accumulation.last_lost", "The last micro-batch of a window is lost.", _lose_last),
+    _backward_mutant("partition.weight_ignored", "Weights play no part.", _ignore_weight),
+    _backward_mutant("zero_weight.zero_weight_is_none", "A weight of 0 is taken for no weight.", _take_zero_for_none),
+    _backward_mutant(
+        "partition.averaged_over_ranks",
         "Shares of the whole window are divided by the ranks once more.",
         _average_over_ranks,
         of=build_simulated,
         world_size=2,
     ),
-    _step_mutant("every_micro_batch", "The optimizer steps at every micro-batch.", _step_every_time),
-    _step_mutant("boundary_ignored", "is_boundary plays no part.", _ignore_boundary),
-    _step_mutant("counted_exactly", "A window that went on beyond the count never ends by it.", _count_exactly),
-    _step_mutant("rate_every_micro_batch", "The rate moves at every micro-batch.", _schedule_every_time),
-    _step_mutant("schedule_twice", "The schedule moves twice a step.", _schedule_twice),
-    _step_mutant("gradients_kept", "Gradients stay after the step, and are in the next one.", _keep_gradients),
-    _step_mutant("no_backward_needed", "A step without backward is no error.", _step_without_backward),
-    _step_mutant("says_stepped", "Every call says that it stepped.", _say_stepped),
-    _step_mutant("next_rate", "The reported rate is the one after the step.", _report_next_rate),
-    _step_mutant("rate_floor", "A learning rate of 0 is raised.", _keep_rate_above),
-    _step_mutant("clip_by_group", "Each parameter group is clipped by itself.", _clip_by_group),
-    _step_mutant("clip_by_parameter", "Each parameter is clipped by itself.", _clip_by_parameter),
-    _step_mutant("clip_every_micro_batch", "What has accumulated is clipped at every micro-batch.", _clip_every_time),
-    _step_mutant("clip_too_little", "What is clipped is one percent beyond the bound.", _clip_too_little),
-    _step_mutant("clip_epsilon", "1e-3 is added to the norm that gradients are divided by.", _clip_with_epsilon),
-    _step_mutant("no_bound_is_zero", "max_norm=0 multiplies gradients by 0.", _zero_at_no_bound),
-    _step_mutant("no_norm_without_bound", "Without a bound the norm is reported as 0.", _clip_to_zero),
-    _step_mutant("norm_after_clipping", "The reported norm is the one after clipping.", _report_clipped_norm),
+    _step_mutant("window.every_micro_batch", "The optimizer steps at every micro-batch.", _step_every_time),
+    _step_mutant("window.boundary_ignored", "is_boundary plays no part.", _ignore_boundary),
+    _step_mutant("window.counted_exactly", "A window that went on beyond the count never ends by it.", _count_exactly),
+    _step_mutant("schedule.rate_every_micro_batch", "The rate moves at every micro-batch.", _schedule_every_time),
+    _step_mutant("schedule.schedule_twice", "The schedule moves twice a step.", _schedule_twice),
+    _step_mutant("window.gradients_kept", "Gradients stay after the step, and are in the next one.", _keep_gradients),
+    _step_mutant("window.no_backward_needed", "A step without backward is no error.", _step_without_backward),
+    _step_mutant("window.says_stepped", "Every call says that it stepped.", _say_stepped),
+    _step_mutant("schedule.next_rate", "The reported rate is the one after the step.", _report_next_rate),
+    _step_mutant("zero_rate.rate_floor", "A learning rate of 0 is raised.", _keep_rate_above),
+    _step_mutant("clipping.clip_by_group", "Each parameter group is clipped by itself.", _clip_by_group),
+    _step_mutant("clipping.clip_by_parameter", "Each parameter is clipped by itself.", _clip_by_parameter),
     _step_mutant(
-        "clip_by_rank",
+        "clipping.clip_every_micro_batch", "What has accumulated is clipped at every micro-batch.", _clip_every_time
+    ),
+    _step_mutant("clipping.clip_too_little", "What is clipped is one percent beyond the bound.", _clip_too_little),
+    _step_mutant(
+        "clipping.clip_epsilon", "1e-3 is added to the norm that gradients are divided by.", _clip_with_epsilon
+    ),
+    _step_mutant("clipping.no_bound_is_zero", "max_norm=0 multiplies gradients by 0.", _zero_at_no_bound),
+    _step_mutant("clipping.no_norm_without_bound", "Without a bound the norm is reported as 0.", _clip_to_zero),
+    _step_mutant("clipping.norm_after_clipping", "The reported norm is the one after clipping.", _report_clipped_norm),
+    _step_mutant(
+        "clipping.clip_by_rank",
         "Each rank clips its own gradient before the sum.",
         _clip_by_rank,
         of=build_simulated,
         world_size=2,
     ),
-    _step_mutant("nan_stepped", "A gradient that is NaN is stepped with, and then reported.", _step_with_nan),
-    _step_mutant("nan_in_first", "Only the first parameter's gradient is looked at for NaN.", _look_at_first),
-    _step_mutant("nan_mended", "NaN is replaced by 0, and nobody hears of it.", _mend_nan),
-    _step_mutant("schedule_when_skipped", "The schedule moves at a skipped step.", _schedule_when_skipped),
-    _step_mutant("skipped_silently", "A skipped step does not say why.", _skip_silently),
-    _step_mutant("skipped_leaks", "What a skipped window accumulated is in the next one.", _leak_skipped),
     _step_mutant(
-        "skipped_alone",
+        "non_finite.nan_stepped", "A gradient that is NaN is stepped with, and then reported.", _step_with_nan
+    ),
+    _step_mutant(
+        "non_finite.nan_in_first", "Only the first parameter's gradient is looked at for NaN.", _look_at_first
+    ),
+    _step_mutant("non_finite.nan_mended", "NaN is replaced by 0, and nobody hears of it.", _mend_nan),
+    _step_mutant("non_finite.schedule_when_skipped", "The schedule moves at a skipped step.", _schedule_when_skipped),
+    _step_mutant("non_finite.skipped_silently", "A skipped step does not say why.", _skip_silently),
+    _step_mutant("non_finite.skipped_leaks", "What a skipped window accumulated is in the next one.", _leak_skipped),
+    _step_mutant(
+        "non_finite.skipped_alone",
         "Only the rank whose loss is NaN skips the step.",
         _skip_alone,
         of=build_simulated,
         world_size=2,
     ),
     strategy_mutant(
-        "step.not_synchronised",
+        "step.replicas.not_synchronised",
         "Ranks step with their own gradients.",
         _step_alone,
         of=build_simulated,
         world_size=2,
     ),
     strategy_mutant(
-        "step.newest_clipped", "The optimizer that was made last is clipped in place of the present one.", _clip_newest
+        "step.separation.newest_clipped",
+        "The optimizer that was made last is clipped in place of the present one.",
+        _clip_newest,
     ),
     strategy_mutant(
-        "step.counted_in_strategy",
+        "step.separation.counted_in_strategy",
         "The position in the window is in the strategy, not with the optimizer.",
         _count_calls,
     ),
     strategy_mutant(
-        "step.evaluation_clears", "A forward pass in evaluation mode clears gradients.", _clear_in_evaluation
+        "step.evaluation.evaluation_clears", "A forward pass in evaluation mode clears gradients.", _clear_in_evaluation
     ),
 )
 """The mutants."""

@@ -477,41 +477,73 @@ def _late_schedule(strategy: Strategy, config: StrategyConfig, /) -> Strategy:
 
 
 MUTANTS: tuple[Mutant, ...] = (
-    strategy_mutant("training.biases_decayed", "Weight decay shrinks norms and biases too.", _decay_everything),
-    strategy_mutant("training.decay_coupled", "Weight decay is added to the gradient.", _couple_decay),
-    strategy_mutant("training.frozen_accepted", "A frozen model gets an optimizer of all weights.", _accept_frozen),
-    strategy_mutant("training.frozen_decayed", "Frozen parameters shrink.", _decay_frozen),
-    strategy_mutant("training.untied", "prepare gives the head a weight of its own.", _untie),
-    strategy_mutant("training.copied", "prepare copies the model; the optimizer has the old one.", _copy_models),
-    strategy_mutant("training.left_evaluating", "prepare leaves models in evaluation mode.", _leave_evaluating),
-    strategy_mutant("training.reference_thawed", "Reference models ask for gradients.", _thaw_reference),
-    strategy_mutant("training.rates_mixed", "The critic trains at the rate of the actor.", _mix_rates),
-    strategy_mutant("training.args_ignored", "The args of a call play no part.", _ignore_args),
-    strategy_mutant("step.late_schedule", "The warm-up begins one step late.", _late_schedule),
-    strategy_mutant("training.names_wrapped", "Names carry the prefix of a wrapper.", _wrap_names),
-    strategy_mutant("training.parameters_alone", "Buffers and second names are missing.", _name_parameters_alone),
-    strategy_mutant("training.beta_swapped", "beta is the share of the model, not of the average.", _swap_beta),
-    strategy_mutant("training.average_skips", "The first parameter of an average never moves.", _skip_first),
-    strategy_mutant("training.beta_clamped", "A beta that is out of range is moved into it.", _clamp_beta),
+    strategy_mutant("training.decay.biases_decayed", "Weight decay shrinks norms and biases too.", _decay_everything),
+    strategy_mutant("training.decay.decay_coupled", "Weight decay is added to the gradient.", _couple_decay),
     strategy_mutant(
-        "training.same_share", "Every rank reads the same samples.", _same_share, of=build_simulated, world_size=2
+        "training.refusals.frozen_accepted", "A frozen model gets an optimizer of all weights.", _accept_frozen
     ),
-    strategy_mutant("training.one_order", "The order does not follow from the seed.", _one_order),
-    strategy_mutant("training.never_shuffled", "The order is never random.", _never_shuffle),
-    strategy_mutant("training.last_kept", "A batch that is not full is not left out.", _keep_last),
-    strategy_mutant("training.state_forgotten", "offload loses the optimizer's state.", _forget_state),
-    strategy_mutant("training.gradients_dropped", "offload loses what a window has accumulated.", _drop_gradients),
+    strategy_mutant("training.frozen.frozen_decayed", "Frozen parameters shrink.", _decay_frozen),
+    strategy_mutant("training.tied.untied", "prepare gives the head a weight of its own.", _untie),
     strategy_mutant(
-        "training.not_replicated", "Each rank keeps its own values.", _place_alone, of=build_simulated, world_size=2
+        "training.prepare_models_and_optimizers.copied",
+        "prepare copies the model; the optimizer has the old one.",
+        _copy_models,
     ),
-    strategy_mutant("training.reload_rounded", "reload rounds to bfloat16.", _reload_rounded),
-    strategy_mutant("training.kibibytes", "Memory is reported in KiB.", _report_kibibytes),
-    strategy_mutant("training.vector_loss", "A loss with a shape is accepted, and its mean taken.", _accept_vectors),
-    strategy_mutant("training.constant_loss", "A loss without gradient is passed over.", _pass_over_constants),
-    strategy_mutant("training.weight_passed_over", "A weight of NaN is passed over.", _pass_over_weights),
-    strategy_mutant("training.refused_counts", "A refused backward is one that a step may follow.", _mark_refused),
-    strategy_mutant("training.built_in_half", "Models are built in bfloat16.", _build_in_half),
-    strategy_mutant("training.cast", "bf16=True casts parameters to bfloat16.", _cast),
-    strategy_mutant("training.rounded", "bf16=True rounds parameters after every step.", _round_weights),
+    strategy_mutant("training.prepare.left_evaluating", "prepare leaves models in evaluation mode.", _leave_evaluating),
+    strategy_mutant("training.prepare.reference_thawed", "Reference models ask for gradients.", _thaw_reference),
+    strategy_mutant(
+        "training.prepare_models_and_optimizers.rates_mixed", "The critic trains at the rate of the actor.", _mix_rates
+    ),
+    strategy_mutant(
+        "training.prepare_models_and_optimizers.args_ignored", "The args of a call play no part.", _ignore_args
+    ),
+    strategy_mutant("step.schedule.late_schedule", "The warm-up begins one step late.", _late_schedule),
+    strategy_mutant("training.prepare.names_wrapped", "Names carry the prefix of a wrapper.", _wrap_names),
+    strategy_mutant(
+        "training.prepare.parameters_alone", "Buffers and second names are missing.", _name_parameters_alone
+    ),
+    strategy_mutant(
+        "training.moving_average.beta_swapped", "beta is the share of the model, not of the average.", _swap_beta
+    ),
+    strategy_mutant(
+        "training.moving_average.average_skips", "The first parameter of an average never moves.", _skip_first
+    ),
+    strategy_mutant(
+        "training.moving_average.beta_clamped", "A beta that is out of range is moved into it.", _clamp_beta
+    ),
+    strategy_mutant(
+        "training.setup_dataloader.same_share",
+        "Every rank reads the same samples.",
+        _same_share,
+        of=build_simulated,
+        world_size=2,
+    ),
+    strategy_mutant("training.setup_dataloader.one_order", "The order does not follow from the seed.", _one_order),
+    strategy_mutant("training.setup_dataloader.never_shuffled", "The order is never random.", _never_shuffle),
+    strategy_mutant("training.setup_dataloader.last_kept", "A batch that is not full is not left out.", _keep_last),
+    strategy_mutant("training.offload.state_forgotten", "offload loses the optimizer's state.", _forget_state),
+    strategy_mutant(
+        "training.offload.gradients_dropped", "offload loses what a window has accumulated.", _drop_gradients
+    ),
+    strategy_mutant(
+        "training.prepare.not_replicated",
+        "Each rank keeps its own values.",
+        _place_alone,
+        of=build_simulated,
+        world_size=2,
+    ),
+    strategy_mutant("training.offload.reload_rounded", "reload rounds to bfloat16.", _reload_rounded),
+    strategy_mutant("training.report_memory.kibibytes", "Memory is reported in KiB.", _report_kibibytes),
+    strategy_mutant(
+        "training.refusals.vector_loss", "A loss with a shape is accepted, and its mean taken.", _accept_vectors
+    ),
+    strategy_mutant("training.refusals.constant_loss", "A loss without gradient is passed over.", _pass_over_constants),
+    strategy_mutant("training.refusals.weight_passed_over", "A weight of NaN is passed over.", _pass_over_weights),
+    strategy_mutant(
+        "training.refusals.refused_counts", "A refused backward is one that a step may follow.", _mark_refused
+    ),
+    strategy_mutant("training.init_model_context.built_in_half", "Models are built in bfloat16.", _build_in_half),
+    strategy_mutant("training.bf16.cast", "bf16=True casts parameters to bfloat16.", _cast),
+    strategy_mutant("training.bf16.rounded", "bf16=True rounds parameters after every step.", _round_weights),
 )
 """The mutants."""

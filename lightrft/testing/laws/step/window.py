@@ -70,7 +70,7 @@ class _WatchedRun:
 @st.composite
 def _watched_cases(draw: DrawFn, world_size: int) -> _WatchedCase:
     model, counted = draw(constant_gradient_models()), draw(st.sampled_from([1, 2, 1, 4]))
-    lengths = draw(st.lists(st.sampled_from([None, 4, 2, None, 1]), min_size=1, max_size=3))
+    lengths = draw(st.lists(st.sampled_from([None, 4, 2, 1]), min_size=2, max_size=3))
     windows = tuple(
         draw(
             equal_windows(
@@ -92,7 +92,7 @@ def _watched_cases(draw: DrawFn, world_size: int) -> _WatchedCase:
             windows=windows,
         ),
         is_early=tuple(draw(st.lists(st.booleans(), min_size=4, max_size=4))),
-        ends_by_count=draw(st.booleans()),
+        ends_by_count=draw(st.sampled_from([True, True, False])),
     )
 
 

@@ -132,27 +132,27 @@ def _overwrite(strategy: Strategy, config: StrategyConfig, /) -> Strategy:
 
 MUTANTS: tuple[Mutant, ...] = (
     strategy_mutant(
-        "export.prefix",
+        "export.round_trip.prefix",
         "Names of exported tensors carry the prefix of a wrapper, which only the exporter's own import takes off.",
         _writing(_with_prefix, _load_prefixed),
     ),
     strategy_mutant(
-        "export.head_dropped",
+        "export.round_trip.head_dropped",
         "The head is left out of every export, as if it were always tied, and the import does not miss it.",
         _writing(_without_head, _load_what_fits),
     ),
     strategy_mutant(
-        "export.overwritten",
+        "export.round_trip.overwritten",
         "An export replaces whatever stands in its directory.",
         _overwrite,
     ),
     strategy_mutant(
-        "export.half_loaded",
+        "export.refused.half_loaded",
         "Tensors are copied before all of them are checked, and the model is left half loaded.",
         _loading(_load_half),
     ),
     strategy_mutant(
-        "export.differences_ignored",
+        "export.refused.differences_ignored",
         "Only the tensors that fit are loaded, without a word about the others.",
         _loading(_load_what_fits),
     ),

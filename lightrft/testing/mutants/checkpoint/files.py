@@ -150,67 +150,67 @@ def _trust_pointer(strategy: Strategy, config: StrategyConfig, /) -> Strategy:
 
 MUTANTS: tuple[Mutant, ...] = (
     strategy_mutant(
-        "checkpoint.rotation_first",
+        "checkpoint.killed.rotation_first",
         "Old checkpoints are removed before the new one is written.",
         broken_save(_rotate_first),
     ),
     strategy_mutant(
-        "checkpoint.rotation_of_foreign",
+        "checkpoint.retention.rotation_of_foreign",
         "Rotation removes every other directory beside the checkpoints.",
         broken_save(_rotate_all),
     ),
     strategy_mutant(
-        "checkpoint.rotation_of_links",
+        "checkpoint.retention.rotation_of_links",
         "Rotation follows a link and removes the checkpoint that it leads to.",
         broken_save(_rotate_links),
     ),
     strategy_mutant(
-        "checkpoint.rotation_of_the_saved",
+        "checkpoint.retention.rotation_of_the_saved",
         "Where newer steps stand beside it, the checkpoint that was just saved is removed.",
         broken_save(_rotate_what_was_saved),
     ),
     strategy_mutant(
-        "checkpoint.rotation_by_age",
+        "checkpoint.retention.rotation_by_age",
         "Rotation goes by the times of the directories, which copying changes.",
         broken_save(_rotate_by_age),
     ),
     strategy_mutant(
-        "checkpoint.rotation_off_by_one",
+        "checkpoint.retention.rotation_off_by_one",
         "One checkpoint more than max_num stays.",
         broken_save(_keep_one_more),
     ),
     strategy_mutant(
-        "checkpoint.in_place",
+        "checkpoint.killed.in_place",
         "Files are written into the directory where they are looked for, so that a kill leaves half of them.",
         broken_save(_save_in_place),
     ),
     strategy_mutant(
-        "checkpoint.overwritten",
+        "checkpoint.latest.overwritten",
         "Saving a step that exists replaces it.",
         broken_save(_overwrite),
     ),
     strategy_mutant(
-        "checkpoint.counted",
+        "checkpoint.latest.counted",
         "A save without a step takes the number of checkpoints, not one more than the newest.",
         broken_save(_count),
     ),
     strategy_mutant(
-        "checkpoint.last_by_name",
+        "checkpoint.latest.last_by_name",
         "The newest checkpoint is the last one in the order of words, in which 9 comes after 10.",
         _finding(_last_by_name),
     ),
     strategy_mutant(
-        "checkpoint.youngest",
+        "checkpoint.latest.youngest",
         "The newest checkpoint is the one that was written last.",
         _finding(_youngest),
     ),
     strategy_mutant(
-        "checkpoint.half_written_found",
+        "checkpoint.latest.half_written_found",
         "A directory with the name of a checkpoint is taken for one.",
         _finding(_last_directory),
     ),
     strategy_mutant(
-        "checkpoint.pointer_trusted",
+        "checkpoint.killed.pointer_trusted",
         "The newest checkpoint is what a pointer file says.",
         _trust_pointer,
     ),

@@ -120,52 +120,52 @@ def _load_pickle(strategy: Strategy, call: LoadCall, /) -> LoadedCheckpoint:
 
 MUTANTS: tuple[Mutant, ...] = (
     strategy_mutant(
-        "checkpoint.damage_accepted",
+        "checkpoint.damage.damage_accepted",
         "The content of files is taken as it is, whatever their digests were.",
         broken_load(_trust),
     ),
     strategy_mutant(
-        "checkpoint.older_taken",
+        "checkpoint.damage.older_taken",
         "Where the newest checkpoint is damaged an older one is loaded without a word.",
         broken_load(_take_older),
     ),
     strategy_mutant(
-        "checkpoint.half_loaded",
+        "checkpoint.mismatch.half_loaded",
         "Tensors are copied before all of them are checked, and the live model is left half loaded.",
         broken_load(_load_half),
     ),
     strategy_mutant(
-        "checkpoint.differences_ignored",
+        "checkpoint.mismatch.differences_ignored",
         "Only the tensors that fit are loaded, as strict=False does.",
         broken_load(_load_what_fits),
     ),
     strategy_mutant(
-        "checkpoint.optimizer_ignored",
+        "checkpoint.mismatch.optimizer_ignored",
         "A checkpoint without an optimizer is loaded into a run that has one, or the other way round.",
         broken_load(_ignoring(_OTHER_OPTIMIZER)),
     ),
     strategy_mutant(
-        "checkpoint.ties_ignored",
+        "checkpoint.mismatch.ties_ignored",
         "Tied weights are loaded into untied ones, or the other way round.",
         broken_load(_ignoring(" (tied names) ")),
     ),
     strategy_mutant(
-        "checkpoint.other_schedule_taken",
+        "checkpoint.mismatch.other_schedule_taken",
         "The state of one schedule is loaded into one of another class.",
         broken_load(_ignoring(" (the schedule) ")),
     ),
     strategy_mutant(
-        "checkpoint.other_optimizer_taken",
+        "checkpoint.mismatch.other_optimizer_taken",
         "The state of one optimizer is loaded into one of another class.",
         broken_load(_ignoring(" is of an optimizer with ")),
     ),
     strategy_mutant(
-        "checkpoint.pickle_written",
+        "checkpoint.no_code.pickle_written",
         "A file of the checkpoint is a pickle.",
         broken_save(_save_pickle),
     ),
     strategy_mutant(
-        "checkpoint.pickle_run",
+        "checkpoint.no_code.pickle_run",
         "A pickle among the files of a checkpoint is loaded, and runs what it holds.",
         broken_load(_load_pickle),
     ),
