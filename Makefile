@@ -36,7 +36,7 @@ demo: $(READY)
 	$(BIN)/lightrft train examples/demo.toml run.dir=runs/demo-$(SEED) strategy.seed=$(SEED) data.seed=$(SEED)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: lint types imports coverage docs
 
@@ -54,7 +54,7 @@ imports: $(READY)
 	$(BIN)/lint-imports
 
 coverage: $(READY)
-	$(BIN)/python -m pytest -n 2 --cov --cov-report=term
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
@@ -84,6 +84,8 @@ $(TRL_READY): pyproject.toml
 
 bench: $(READY) $(TRL_READY)
 	$(BIN)/python benchmarks/overhead.py --write
+	$(BIN)/python benchmarks/parity.py --steps 20 --world-sizes 1 2 3 4 --write
+	$(BIN)/python benchmarks/sharded_step.py --write
 	$(TRL_VENV)/bin/python benchmarks/logprob.py --write
 	$(TRL_VENV)/bin/python benchmarks/versus_trl.py --write
 

@@ -93,7 +93,7 @@ def small_run_cases() -> SearchStrategy[SmallRunCase]:
     return st.builds(
         SmallRunCase,
         model=model_cases(),
-        micro_batches=st.integers(1, 2),
+        micro_batches=st.sampled_from([2, 1]),
         max_norm=st.sampled_from([0.0, 0.5]),
         seed=st.integers(0, 3),
     )

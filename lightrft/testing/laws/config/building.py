@@ -96,7 +96,7 @@ def _two_runs(rank: Rank, case: SwapCase) -> TwoRuns:
 
 def _swap_cases(world_size: int) -> SearchStrategy[SwapCase]:
     del world_size
-    patterns = st.lists(st.booleans(), min_size=1, max_size=7).map(tuple)
+    patterns = st.lists(st.booleans(), min_size=3, max_size=7).map(tuple)
     return st.builds(SwapCase, run=small_run_cases(), pattern=patterns)
 
 

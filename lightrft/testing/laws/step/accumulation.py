@@ -34,7 +34,7 @@ __all__ = ["LAWS"]
 
 @st.composite
 def _accumulations(draw: DrawFn, world_size: int) -> RunCase:
-    case = draw(run_cases(world_size=world_size, exact=True, max_windows=2, micro_batches=(1, 2, 4, 8)))
+    case = draw(run_cases(world_size=world_size, exact=True, max_windows=2, micro_batches=(1, 2, 4, 8), sizes=(2, 1)))
     if draw(st.booleans()):
         return case
     windows = equal_windows(
