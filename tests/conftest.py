@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # before torch is imported: with small tensors a second thread only adds waiting, and two test processes share the cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# a shell that starts the tests in the background has its children ignore Ctrl-C, which some tests send
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from hypothesis import HealthCheck, settings
 

@@ -19,8 +19,6 @@ CLOSE = 1e-5
 SETTINGS: dict[str, tuple[int, dict[str, object]]] = {
     "single": (1, {"strategy": "single"}),
     "fsdp2": (2, {"strategy": "fsdp2"}),
-    "stage 0": (2, {"strategy": "deepspeed", "zero_stage": 0}),
-    "stage 1": (2, {"strategy": "deepspeed", "zero_stage": 1}),
     "stage 2": (2, {"strategy": "deepspeed", "zero_stage": 2}),
     "stage 3": (2, {"strategy": "deepspeed", "zero_stage": 3, "zero_persistence_threshold": 0}),
 }
@@ -59,6 +57,4 @@ def test_only_adapters_learn_and_they_learn_the_same(programs: ModuleType, name:
             else:
                 assert torch.equal(found, before[tensor_name]), tensor_name
             assert torch.equal(rank.restored[tensor_name], found), tensor_name
-    held = sum(rank.state_elements for rank in seen)
-    copies = world_size if name == "stage 0" else 1
-    assert held == copies * must.state_elements
+    assert sum(rank.state_elements for rank in seen) == must.state_elements
