@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from lightrft.testing.law import Law
-from lightrft.testing.laws.training import loading, preparing, weights
+from lightrft.testing.laws.training import loading, optimizing, preparing, weights
 
 __all__ = ["LAWS"]
 
 LAWS: tuple[Law, ...] = (
     *preparing.LAWS,
+    *optimizing.LAWS,
     *weights.LAWS,
     *loading.LAWS,
 )
