@@ -44,6 +44,9 @@ _START_SECONDS = 120.0
 _PATIENCE_SECONDS = 1.0
 """How long a rank that has ended stays in its process group, so that the last bytes of others can arrive."""
 
+_CLOSING_SECONDS = 3.0
+"""How long its connections may take to close then; its process is ended if something in it keeps them open."""
+
 _GRACE_SECONDS = 5.0
 """How long ranks may go on after one has failed; its sockets are closed, so whoever waits for it is told at once."""
 
@@ -155,18 +158,21 @@ def _collect(pool: _Pool, timeout: float) -> dict[int, Reply]:
     """Return the replies of workers in the order of their arrival: all, unless a failed one stopped the rest."""
     replies: dict[int, Reply] = {}
     deadline, patience = time.monotonic() + timeout, float("inf")
+    ways = [_close_group, _end_ended]
     while len(replies) < pool.world_size:
         try:
             rank, line = pool.lines.get(timeout=max(0.0, min(deadline, patience) - time.monotonic()))
         except Empty:
             if patience < deadline:
-                patience = float("inf")
-                _close_group(pool, replies)
+                ways.pop(0)(pool, replies)
+                patience = time.monotonic() + _CLOSING_SECONDS if ways else float("inf")
                 continue
             if any(reply.failure for reply in replies.values()):
                 _end(pool)
                 return replies
             raise StuckError(_stuck_words(pool, replies, timeout)) from None
+        if line is None and rank in replies:  # it was ended here
+            continue
         if line is None:
             end_workers(pool.workers)  # before anybody asks for its exit code: then its number may be another process's
             raise LawError(f"{exit_words(pool.workers[rank])}\n{_last_calls(pool, replies)}")
@@ -175,6 +181,8 @@ def _collect(pool: _Pool, timeout: float) -> dict[int, Reply]:
         replies[rank] = from_json(line, Reply)
         if replies[rank].failure:
             deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+    if not ways:
+        _end(pool)
     return replies
 
 
@@ -183,6 +191,10 @@ def _close_group(pool: _Pool, replies: dict[int, Reply]) -> None:
     pool.group += 1
     for rank in replies:
         say(pool.workers[rank], CLOSE)
+
+
+def _end_ended(pool: _Pool, replies: dict[int, Reply]) -> None:
+    end_workers([pool.workers[rank] for rank in replies])
 
 
 def _stuck_words(pool: _Pool, replies: dict[int, Reply], timeout: float) -> str:

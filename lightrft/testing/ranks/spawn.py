@@ -87,8 +87,9 @@ def end_workers(workers: list[Worker]) -> None:
         workers: running or not.
     """
     for worker in workers:
-        with suppress(ProcessLookupError):
-            os.killpg(worker.process.pid, signal.SIGKILL)
+        if worker.process.returncode is None:  # else its number may be another process's
+            with suppress(ProcessLookupError):
+                os.killpg(worker.process.pid, signal.SIGKILL)
     for worker in workers:
         worker.process.wait()
         with suppress(BrokenPipeError):  # a line that nobody has read

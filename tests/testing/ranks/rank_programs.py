@@ -124,6 +124,12 @@ def skips(rank: Rank, odd: int) -> float:
     return 0.0 if rank.rank == odd else strategy.all_reduce(1.0)
 
 
+def keeps_and_skips(rank: Rank, odd: int) -> float:
+    """Hold the process group from another module's attribute, which outlives the program."""
+    torch.kept = torch.distributed.group.WORLD  # type: ignore[attr-defined]
+    return skips(rank, odd)
+
+
 def is_slow(rank: Rank, seconds: float) -> int:
     """Rank 0 ends long before the others, which need it no more."""
     joined(rank)

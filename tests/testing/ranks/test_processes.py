@@ -126,6 +126,13 @@ def test_a_rank_that_ends_too_early_is_named(run: RunOnRanks, programs: ModuleTy
     assert can_go_on(run, programs)
 
 
+def test_a_rank_that_ends_too_early_is_named_although_its_group_is_kept(run: RunOnRanks, programs: ModuleType) -> None:
+    """What keeps the connections of a rank open, as caches of packages do, makes nobody wait for it."""
+    with pytest.raises(CollectiveError, match="rank 0 did not enter it and was last in barrier"):
+        run(programs.keeps_and_skips, 0)
+    assert can_go_on(run, programs)
+
+
 def test_a_slow_rank_is_waited_for(run: RunOnRanks, programs: ModuleType) -> None:
     """A rank may go on alone after the others have ended."""
     assert run(programs.is_slow, 1.5) == [0, 1]
