@@ -56,9 +56,10 @@ def keep_structure(model: nn.Module) -> None:
     memo: dict[int, object] = {id(parameter): _on_meta(parameter) for parameter in model.parameters()}
     try:
         structure = Structure(model=copy.deepcopy(model, memo))
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise UnsupportedError(
-            f"model={type(model).__name__} cannot be copied ({error}); detach the tensors that it keeps."
+            f"model={type(model).__name__} cannot be copied ({error}); detach the tensors that it keeps, and keep "
+            "locks and files elsewhere."
         ) from error
     setattr(model, _STRUCTURE, structure)  # a record, because a module would become a submodule
 
@@ -79,6 +80,9 @@ def build_plain_model(*, unwrap_model: UnwrapModel, named_tensors: NamedTensors)
         # one at a time, and not the live tensors, which those of a world of one rank may be
         tensors = {name: tensor.detach().clone() for name, tensor in named_tensors(model)}
         plain = _filled(structure.model, tensors)
+        for name, buffer in inner.named_buffers(remove_duplicate=False):  # those too that no checkpoint has
+            place, _, own = name.rpartition(".")
+            setattr(plain.get_submodule(place), own, buffer.detach().clone())
         for name, module in inner.named_modules():
             plain.get_submodule(name).training = module.training
         return plain

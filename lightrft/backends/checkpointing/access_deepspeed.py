@@ -18,6 +18,7 @@ from lightrft.backends.zero.shards import (
     Fragment,
     cut,
     cut_fragment,
+    forget_second_copy,
     fragments,
     gathered,
     is_partitioned,
@@ -123,6 +124,7 @@ def _plan_tensor(live: torch.Tensor, fragment: Fragment | None, saved: torch.Ten
     def write() -> None:
         for target, value in targets:
             target.copy_(value)
+        forget_second_copy(live)
 
     return write
 

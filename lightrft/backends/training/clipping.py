@@ -64,6 +64,8 @@ def norm_of_gradients(gradients: list[torch.Tensor], *, is_large: bool = False) 
 
 
 def _norm_of_norms(norms: list[torch.Tensor]) -> torch.Tensor:
+    if not norms:  # a rank may hold no part of any gradient
+        return torch.zeros(())
     total: torch.Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
     return total
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
 from torch import nn
@@ -32,7 +33,9 @@ from lightrft.backends.training.zero.partitioning import broadcast_buffers, part
 from lightrft.backends.training.zero.settings import clips_itself, zero_settings
 from lightrft.backends.training.zero.tensors import moving_average, named_tensors, offload, reload
 from lightrft.backends.world import world_of
-from lightrft.backends.zero.model import EngineModel
+from lightrft.backends.zero.model import EngineModel, is_own_optimizer
+from lightrft.backends.zero.package import Engine
+from lightrft.backends.zero.shards import is_partitioned
 from lightrft.errors import ConfigError, UnsupportedError
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.protocols.collectives import Collectives
@@ -46,8 +49,9 @@ def build_training(config: StrategyConfig, collectives: Collectives) -> Training
 
     Parameters, gradients, their sums and the optimizer's state are float32 in every stage. With `bf16` the forward
     pass is under the same autocast as under "single", so results differ by the order of summation alone. All ranks'
-    losses must reach the same parameters in stages 2 and 3, where gradients are exchanged as they come, which is
-    checked; a parameter that no sample of a window reaches is stepped with a gradient of zero.
+    losses must reach the same parameters in stages 2 and 3, where gradients are exchanged as they come: a step checks
+    it, and ranks whose tensors have different sizes end in a torch error before that. A parameter that no sample of a
+    window reaches is stepped with a gradient of zero, so decay and momentum move it.
 
     Args:
         config: all of its settings but those of engines are used.
@@ -57,6 +61,7 @@ def build_training(config: StrategyConfig, collectives: Collectives) -> Training
         UnsupportedError: a setting that it would pass over is switched on.
     """
     refuse_layer_settings(config, "deepspeed")
+    _refuse_idle_settings(config)
 
     def place_model(model: nn.Module) -> nn.Module:
         return _placed(config, collectives, model, None)
@@ -88,6 +93,23 @@ def build_training(config: StrategyConfig, collectives: Collectives) -> Training
     )
 
 
+def _refuse_idle_settings(config: StrategyConfig) -> None:
+    idle = [
+        name
+        for name, is_set, least in (
+            ("zero_hpz", config.zero_hpz > 1, 3),
+            ("zero_offload_param", config.zero_offload_param, 3),
+            ("zero_offload_optimizer", config.zero_offload_optimizer, 1),
+        )
+        if is_set and config.zero_stage < least
+    ]
+    if idle:
+        raise UnsupportedError(
+            f"{idle[0]}={getattr(config, idle[0])!r} does nothing in zero_stage={config.zero_stage}; leave it out, or "
+            "use zero_stage=3."
+        )
+
+
 def _build_create_optimizer(config: StrategyConfig) -> CreateOptimizer:
     def create_optimizer(
         model: nn.Module,
@@ -111,6 +133,7 @@ def _placed(
     config: StrategyConfig, collectives: Collectives, model: nn.Module, optimizer: Optimizer | None
 ) -> nn.Module:
     if isinstance(model, EngineModel):
+        _require_own_optimizer(model, optimizer)
         return model
     world, device = world_of(collectives), device_of_process()
     # where there is nothing to step there is nothing to spread either
@@ -120,6 +143,11 @@ def _placed(
         broadcast_model(collectives, model.to(device))
         return wrap_autocast(model) if config.bf16 else model
     _require_trainable(model, optimizer, stage=stage)
+    _require_own_parameters(model, stage=stage)
+    if stage == 3 and world.world_size % config.zero_hpz:
+        raise ConfigError(
+            f"zero_hpz={config.zero_hpz} does not divide world_size({world.world_size}); use one of its divisors."
+        )
     settings = zero_settings(
         config,
         stage=stage,
@@ -135,6 +163,24 @@ def _placed(
     else:
         broadcast_model(collectives, model.to(device))
     return build_engine(model, settings, optimizer=optimizer, stage=stage, bf16=config.bf16)
+
+
+def _require_own_optimizer(model: EngineModel, optimizer: Optimizer | None) -> None:
+    engine = cast("Engine", model.engine)
+    if optimizer is not None and engine.zero_optimization_stage() and not is_own_optimizer(engine, optimizer):
+        raise ConfigError(
+            f"optimizer={type(optimizer).__name__} is not the one that this model was prepared with; prepare a model "
+            "and its optimizer together, once."
+        )
+
+
+def _require_own_parameters(model: nn.Module, *, stage: int) -> None:
+    for name, parameter in model.named_parameters():
+        if stage and (is_partitioned(parameter) or hasattr(parameter, "_hp_mapping")):
+            raise UnsupportedError(
+                f"parameter {name!r} of {type(model).__name__} is that of another prepared model; give each its own "
+                "parameters, prepare one module that holds both, or use zero_stage=0."
+            )
 
 
 def _require_trainable(model: nn.Module, optimizer: Optimizer | None, *, stage: int) -> None:

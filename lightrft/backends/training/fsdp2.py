@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -21,16 +21,21 @@ from lightrft.backends.training.prepare import (
 )
 from lightrft.backends.training.ranks import steps_of_rank
 from lightrft.backends.training.record import TrainingFunctions
-from lightrft.backends.training.sharded_gradients import clip_shards, explain_shards
+from lightrft.backends.training.sharded_gradients import clip_shards, explain_shards, forget_reached
 from lightrft.backends.training.sharded_tensors import moving_average, named_tensors, point_to_shards
 from lightrft.backends.training.sharding import gather_less, put_off_sums, require_sharding, shard_model
 from lightrft.backends.training.step import build_backward, build_optimizer_step
+from lightrft.backends.training.window import begins_window
 from lightrft.backends.world import world_of
+from lightrft.errors import UnsupportedError
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.protocols.collectives import Collectives
-from lightrft.strategy.protocols.training import OptimizerStep, Reload, StepResult, Trainable
+from lightrft.strategy.protocols.training import Backward, OptimizerStep, Reload, StepResult, Trainable
 
 __all__ = ["build_training"]
+
+_NOT_ELEMENTWISE = ("Adafactor", "LBFGS", "Muon", "Rprop")
+"""Optimizers that look at whole tensors, or that torch has not for shards."""
 
 
 def build_training(config: StrategyConfig, collectives: Collectives) -> TrainingFunctions:
@@ -50,6 +55,7 @@ def build_training(config: StrategyConfig, collectives: Collectives) -> Training
         return model
 
     def place_trainable(trainable: Trainable) -> Trainable:
+        _refuse_whole_tensors(trainable.optimizer)
         gather_less(trainable.model)  # where it is sharded already, its names are those of shards
         names = {parameter: name for name, parameter in trainable.model.named_parameters()}
         placed = trainable._replace(model=place_model(trainable.model))
@@ -65,10 +71,7 @@ def build_training(config: StrategyConfig, collectives: Collectives) -> Training
             config, create_optimizer=create_adamw_of_shards, prepare=prepare
         ),
         prepare_reward_model=build_prepare_reward_model(place_model),
-        backward=build_backward(
-            equal_share=config.micro_train_batch_size / config.train_batch_size,
-            set_gradient_sync=_set_gradient_sync if config.fsdp_sum_once else None,
-        ),
+        backward=_build_backward(config),
         optimizer_step=_build_optimizer_step(config),
         named_tensors=named_tensors,
         unwrap_model=_unwrap_model,
@@ -80,6 +83,12 @@ def build_training(config: StrategyConfig, collectives: Collectives) -> Training
     )
 
 
+def _refuse_whole_tensors(optimizer: Optimizer) -> None:
+    name = type(optimizer).__name__
+    if name in _NOT_ELEMENTWISE:
+        raise UnsupportedError(f"optimizer={name} looks at whole tensors and steps shards here; use AdamW.")
+
+
 def _init_model_context(*, meta_init: bool = False) -> AbstractContextManager[None]:
     return parameters_on_meta() if meta_init else nullcontext()
 
@@ -87,6 +96,27 @@ def _init_model_context(*, meta_init: bool = False) -> AbstractContextManager[No
 def _unwrap_model(model: nn.Module) -> nn.Module:
     gather_less(model)  # who looks at the parameters sees shards, whatever was computed before
     return model
+
+
+def _build_backward(config: StrategyConfig) -> Backward:
+    run = build_backward(
+        equal_share=config.micro_train_batch_size / config.train_batch_size,
+        set_gradient_sync=_set_gradient_sync if config.fsdp_sum_once else None,
+    )
+
+    def backward(
+        loss: Tensor,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        weight: float | None = None,
+        is_boundary: bool | None = None,
+    ) -> None:
+        if begins_window(optimizer):  # a checkpoint may have been loaded in the middle of the last one
+            forget_reached(model, optimizer)
+        run(loss, model, optimizer, weight=weight, is_boundary=is_boundary)
+
+    return backward
 
 
 def _set_gradient_sync(model: nn.Module, sync: bool) -> None:

@@ -20,5 +20,5 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         ['weight', 'bias']
     """
     for name, value in unwrap_autocast(model).state_dict().items():
-        if not name.endswith("_extra_state"):  # that of a module is neither parameter nor buffer
+        if name.rpartition(".")[2] != "_extra_state":  # that of a module is neither parameter nor buffer
             yield name, value

@@ -20,7 +20,7 @@ from lightrft.backends.training.clipping import NO_GRADIENT, norm_of_gradients, 
 from lightrft.backends.training.sharding import Sharding, require_sharding
 from lightrft.errors import StepError
 
-__all__ = ["clip_shards", "explain_shards"]
+__all__ = ["clip_shards", "explain_shards", "forget_reached"]
 
 
 def clip_shards(model: nn.Module, optimizer: Optimizer, max_norm: float) -> float:
@@ -39,10 +39,23 @@ def clip_shards(model: nn.Module, optimizer: Optimizer, max_norm: float) -> floa
     sharding, (shards, whole) = require_sharding(model), _trained(model, optimizer)
     norm = _agree(sharding, shards, whole)
     if 0 < max_norm < norm < math.inf:
-        total = torch.tensor(norm)
+        total = torch.tensor(norm, dtype=torch.float64)  # large gradients have a norm that float32 has not
         for parameters in (shards, whole):  # of which torch takes no mixture
             clip_grads_with_norm_(parameters.values(), max_norm, total)
     return norm
+
+
+def forget_reached(model: nn.Module, optimizer: Optimizer) -> None:
+    """Begin a window in which no rank has reached what an optimizer trains.
+
+    Args:
+        model: sharded.
+        optimizer: holds the parameters that are trained.
+    """
+    sharding = require_sharding(model)
+    trained = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    if sharding.reached:
+        sharding.reached.difference_update(sharding.names.get(parameter, "") for parameter in trained)
 
 
 def _trained(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:

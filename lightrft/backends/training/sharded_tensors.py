@@ -28,7 +28,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     shared = _shared_names(model)
     kept: dict[str, torch.Tensor] = {}
     for name, value in model.state_dict().items():
-        if name.endswith("_extra_state"):  # that of a module is neither parameter nor buffer
+        if name.rpartition(".")[2] == "_extra_state":  # that of a module is neither parameter nor buffer
             continue
         first = shared.get(name)
         if first is None:

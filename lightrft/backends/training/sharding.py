@@ -36,12 +36,14 @@ class Sharding:
     Attributes:
         mesh: ranks as (dp_replicate, dp_shard), or (dp_shard,) where nothing is replicated.
         layers: what is gathered as one, the model itself last.
+        names: of the parameters as an optimizer holds them, also while a pass has whole ones in their places.
         reached: names of sharded parameters that got a gradient on this rank since the window began.
         is_put_off: whether gradients of the window wait, whole, for the next backward pass that sums them over ranks.
     """
 
     mesh: DeviceMesh
     layers: Sequence[nn.Module]
+    names: dict[nn.Parameter, str] = attrs.field(factory=dict[nn.Parameter, str])
     reached: set[str] = attrs.field(factory=set[str])
     is_put_off: bool = False
 
@@ -135,6 +137,7 @@ def shard_model(model: nn.Module, config: StrategyConfig, collectives: Collectiv
     """
     if sharding_of(model) is not None:
         return
+    _check_parameters(model)
     mesh, layers = build_mesh(config, world), layers_of(model, config.fsdp_wrap)
     _check_buffers(model)
     keep_structure(model)
@@ -151,7 +154,22 @@ def shard_model(model: nn.Module, config: StrategyConfig, collectives: Collectiv
         _start_as_rank_0(own, collectives)
         _shard(layer, own, is_root=layer is model, config=config, mesh=mesh)
         _watch(layer, places, sharding)
+    sharding.names |= {parameter: name for name, parameter in model.named_parameters()}
     setattr(model, _SHARDING, sharding)
+
+
+def _check_parameters(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise UnsupportedError(
+                f"parameter {name!r} of {type(model).__name__} is sharded already, as that of another model; give each "
+                "prepared model its own parameters, or prepare one module that holds both."
+            )
+        if parameter.requires_grad and parameter.is_complex():
+            raise UnsupportedError(
+                f"parameter {name!r} of {type(model).__name__} is complex, and the real part of its gradient alone "
+                "would be summed; keep it as two real ones (torch.view_as_real)."
+            )
 
 
 def _check_buffers(model: nn.Module) -> None:
@@ -193,6 +211,12 @@ def _shard(
 ) -> None:
     parameters = [parameter for module in own for _, parameter in _own_parameters(module)]
     whole = {parameter for parameter in parameters if not _is_shardable(parameter)}
+    dtypes = sorted({str(each.dtype) for each in parameters if each.requires_grad and each not in whole})
+    if len(dtypes) > 1:
+        raise UnsupportedError(
+            f"parameters of {type(layer).__name__} that are trained are {' and '.join(dtypes)}, and are gathered as "
+            "one; make them of one dtype, and set bf16=True to compute in bfloat16."
+        )
     for parameter in whole:
         parameter.data = parameter.data.to(mesh.device_type)
     # the root's parameters are the last ones of a forward pass and the first ones of its backward pass; a model that

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightrft.errors import StepError
 
-__all__ = ["MICRO_BATCHES", "PENDING", "PROMISE", "end_micro_batch", "mark_backward", "open_window"]
+__all__ = ["MICRO_BATCHES", "PENDING", "PROMISE", "begins_window", "end_micro_batch", "mark_backward", "open_window"]
 
 MICRO_BATCHES = "micro_batches"
 """Key of the number of micro-batches that the window holds, an int."""
@@ -32,6 +32,16 @@ def open_window(optimizer: Optimizer) -> None:
     group.setdefault(MICRO_BATCHES, 0)
     group.setdefault(PENDING, False)
     group.setdefault(PROMISE, None)
+
+
+def begins_window(optimizer: Optimizer) -> bool:
+    """Return whether the next `backward` is the first one of a window.
+
+    Args:
+        optimizer: any optimizer.
+    """
+    group = optimizer.param_groups[0]
+    return not group.get(PENDING) and not group.get(MICRO_BATCHES)
 
 
 def mark_backward(optimizer: Optimizer, *, is_boundary: bool | None = None) -> None:

@@ -18,6 +18,7 @@ __all__ = [
     "Fragment",
     "cut",
     "cut_fragment",
+    "forget_second_copy",
     "fragments",
     "gather_fragments",
     "gathered",
@@ -55,6 +56,16 @@ def is_partitioned(parameter: torch.Tensor) -> bool:
         parameter: any parameter.
     """
     return hasattr(parameter, "ds_id")
+
+
+def forget_second_copy(parameter: torch.Tensor) -> None:
+    """Let the next pass gather a parameter from its shards, which were written, and not from hpZ's copies of them.
+
+    Args:
+        parameter: any parameter.
+    """
+    if is_partitioned(parameter):
+        vars(parameter)["ds_secondary_tensor"] = None
 
 
 def whole_shape(parameter: torch.Tensor) -> Sequence[int]:

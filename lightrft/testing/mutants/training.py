@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
 import attrs
 import torch
@@ -87,51 +87,6 @@ def _accept_frozen(strategy: Strategy, config: StrategyConfig, /) -> Strategy:
         return inner(model, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
 
     return attrs.evolve(strategy, create_optimizer=create_optimizer)
-
-
-class _Options(Protocol):
-    """Changes the options of an optimizer's groups."""
-
-    def __call__(self, group: dict[str, Any], /) -> None: ...
-
-
-def _optimizer_mutant(name: str, defect: str, change: _Options) -> Mutant:
-    def breaks(strategy: Strategy, config: StrategyConfig, /) -> Strategy:
-        del config
-        inner = strategy.create_optimizer
-
-        def create_optimizer(
-            model: nn.Module,
-            *,
-            lr: float = 1e-5,
-            betas: tuple[float, float] = (0.9, 0.95),
-            weight_decay: float = 0.0,
-            eps: float = 1e-8,
-        ) -> Optimizer:
-            optimizer = inner(model, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
-            for group in optimizer.param_groups:
-                change(group)
-            return optimizer
-
-        return attrs.evolve(strategy, create_optimizer=create_optimizer)
-
-    return strategy_mutant(f"training.adamw.{name}", defect, breaks)
-
-
-def _use_torch_betas(group: dict[str, Any], /) -> None:
-    group["betas"] = (0.9, 0.999)
-
-
-def _use_torch_eps(group: dict[str, Any], /) -> None:
-    group["eps"] = 1e-8
-
-
-def _use_amsgrad(group: dict[str, Any], /) -> None:
-    group["amsgrad"] = True
-
-
-def _raise_rate(group: dict[str, Any], /) -> None:
-    group["lr"] *= 1.01
 
 
 @torch.no_grad()
@@ -522,10 +477,6 @@ def _late_schedule(strategy: Strategy, config: StrategyConfig, /) -> Strategy:
 
 
 MUTANTS: tuple[Mutant, ...] = (
-    _optimizer_mutant("betas_ignored", "The betas are torch's own.", _use_torch_betas),
-    _optimizer_mutant("eps_ignored", "The epsilon is torch's own.", _use_torch_eps),
-    _optimizer_mutant("amsgrad", "The largest average of squares divides.", _use_amsgrad),
-    _optimizer_mutant("rate_raised", "The rate is one percent higher.", _raise_rate),
     strategy_mutant("training.decay.biases_decayed", "Weight decay shrinks norms and biases too.", _decay_everything),
     strategy_mutant("training.decay.decay_coupled", "Weight decay is added to the gradient.", _couple_decay),
     strategy_mutant(

@@ -60,6 +60,7 @@ class Case:
         threshold: setting `zero_persistence_threshold`.
         experts: which expert the samples of each rank reach; none for both.
         is_told: whether backward is told where windows end.
+        hpz: setting `zero_hpz`.
     """
 
     stage: int
@@ -69,6 +70,7 @@ class Case:
     threshold: int = 0
     experts: tuple[int, ...] = ()
     is_told: bool = True
+    hpz: int = 1
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -129,6 +131,7 @@ def strategy_of(rank: Rank, case: Case) -> Strategy:
         rank.config,
         zero_stage=case.stage,
         zero_persistence_threshold=case.threshold,
+        zero_hpz=case.hpz,
         max_norm=case.max_norm,
         train_batch_size=3 * case.micro_batches * rank.world_size,
         micro_train_batch_size=3,
@@ -216,6 +219,9 @@ def refuse(rank: Rank, case: Case) -> Found:
     optimizer.step()
     ask("state", stepped, optimizer)
     one, other = prepared(strategy), prepared(strategy)
+    ask("prepared already", one.model, other.optimizer)
+    shared = nn.Sequential(strategy.unwrap_model(one.model), nn.Linear(2, 2))
+    ask("shared", shared, torch.optim.SGD(shared.parameters(), lr=0.1))
     reference = strategy.prepare(new_model(), is_rlhf=True)
     for name, model, optimizer in (
         ("no optimizer", reference, one.optimizer),
@@ -279,6 +285,25 @@ def mix(rank: Rank, case: Case) -> Found:
         except StepError as error:
             words[name] = str(error)
     return Found(words=words, tensors={})
+
+
+def copy_shards(rank: Rank, case: Case) -> Found:
+    """Let an average and a loaded model, whose shards are written by no optimizer, compute what they hold."""
+    strategy = strategy_of(rank, case)
+    strategy.setup_distributed()
+    trainable, average = prepared(strategy), strategy.prepare(new_model(1))
+    ids = batch(0, 0, 0)
+    strategy.save_ckpt(trainable, rank.directory / "saved", step=1)
+    with torch.no_grad():
+        saved, _ = trainable.model(ids), average(ids)
+    steps(strategy, trainable, case, rank.rank, range(2))
+    strategy.moving_average(trainable.model, average, 0.0)
+    with torch.no_grad():
+        stepped, averaged = trainable.model(ids), average(ids)
+    strategy.load_ckpt(trainable, rank.directory / "saved")
+    with torch.no_grad():
+        loaded = trainable.model(ids)
+    return Found(words={}, tensors={"saved": saved, "loaded": loaded, "stepped": stepped, "averaged": averaged})
 
 
 def steps(strategy: Strategy, trainable: Trainable, case: Case, rank: int, numbers: range) -> dict[str, Tensor]:

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from lightrft.backends.training.zero.settings import zero_settings
-from lightrft.errors import MissingPackageError
+from lightrft.errors import MissingPackageError, UnsupportedError
 from lightrft.strategy.build import get_strategy
 from lightrft.strategy.config import StrategyConfig
 from lightrft.testing.ranks.processes import processes
@@ -77,10 +78,11 @@ def test_ranks_may_reach_different_parameters(stage: int, run: RunOnRanks, progr
     require_close(run(programs.train, case), programs.expected(case, 2))
 
 
-def test_gradients_that_would_be_mixed_up_are_refused(run: RunOnRanks, programs: ModuleType) -> None:
-    """In stage 2 an expert's gradient would be taken for that of another rank's; the next window is sound."""
-    for one in run(programs.mix, programs.Case(stage=2)):
-        assert one.words["own"].startswith("zero_stage=2 exchanges gradients as they come")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gradients_that_would_be_mixed_up_are_refused(stage: int, run: RunOnRanks, programs: ModuleType) -> None:
+    """An expert's gradient would be taken for that of another rank's; the next window is sound."""
+    for one in run(programs.mix, programs.Case(stage=stage, threshold=1000)):
+        assert one.words["own"].startswith(f"zero_stage={stage} exchanges gradients as they come")
         assert one.words["all"] == "True"
 
 
@@ -136,6 +138,8 @@ def test_what_cannot_be_done_is_refused(run: RunOnRanks, programs: ModuleType) -
         assert one.words["of another model"].startswith("ConfigError: optimizer=SGD holds a parameter of shape")
         assert one.words["whole tensors"].startswith("UnsupportedError: optimizer=Muon steps whole tensors")
         assert one.words["double"].startswith("UnsupportedError: zero_stage=1 steps float32 parameters, and 'weight'")
+        assert one.words["prepared already"].startswith("ConfigError: optimizer=AdamW is not the one that this model")
+        assert one.words["shared"].startswith("UnsupportedError: parameter '0.scale' of Sequential is that of")
         assert one.words["state"].startswith("UnsupportedError: optimizer=AdamW has state already")
         assert one.words["no optimizer"].startswith("StepError: model=Model was not prepared with an optimizer")
         assert one.words["other optimizer"].startswith("StepError: optimizer=AdamW is not the one")
@@ -186,6 +190,39 @@ def test_nothing_is_compiled_where_the_package_was_imported_before(tmp_path: Pat
     )
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_second_copies_of_shards_are_those_of_the_shards(run: RunOnRanks, programs: ModuleType) -> None:
+    """With hpZ, trained and averaged models beside one another make the steps of raw torch, and compute as they are."""
+    case = programs.Case(stage=3, hpz=2)
+    require_close(run(programs.train, case), programs.expected(case, 2))
+    for one in run(programs.copy_shards, case):
+        assert torch.equal(one.tensors["loaded"], one.tensors["saved"])
+        assert torch.equal(one.tensors["averaged"], one.tensors["stepped"])
+        assert not torch.equal(one.tensors["stepped"], one.tensors["saved"])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"zero_hpz": 2}, {"zero_offload_param": True}, {"zero_stage": 0, "zero_offload_optimizer": True}]
+)
+def test_settings_of_another_stage_are_refused(settings: dict[str, object]) -> None:
+    """What a stage would pass over is said while the strategy is built."""
+    with pytest.raises(UnsupportedError, match=rf"{list(settings)[-1]}=\S+ does nothing in zero_stage="):
+        get_strategy({"strategy": "deepspeed", **settings})
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_layers_compute_in_bfloat16_inside_of_an_engine(stage: int) -> None:
+    """Also where torch says that there is an autocast already, as it says on CUDA alone."""
+    strategy = get_strategy({"strategy": "deepspeed", "zero_stage": stage, "bf16": True})
+    torch.set_autocast_enabled("cuda", True)  # type: ignore[no-untyped-call]  # so in torch
+    try:
+        model = nn.Linear(4, 4)
+        model, *_ = strategy.prepare((model, strategy.create_optimizer(model), None))
+        assert model(torch.ones(1, 4)).dtype == torch.bfloat16
+    finally:
+        torch.set_autocast_enabled("cuda", False)  # type: ignore[no-untyped-call]  # as above
+        strategy.teardown()
 
 
 def test_the_settings_of_a_cpu_move_nothing() -> None:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import importlib
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from lightrft.backends.plain_model import build_plain_model
 from lightrft.backends.training.meta_init import fill_meta_parameters, parameters_on_meta
 from lightrft.backends.training.wrapping import compile_layers, layers_of, recompute_layers
-from lightrft.errors import ConfigError, StepError
+from lightrft.errors import ConfigError, StepError, UnsupportedError
 from lightrft.strategy.build import get_strategy
+from lightrft.strategy.record import Strategy
 from lightrft.testing.ranks.processes import processes
 from lightrft.testing.subject import RunOnRanks, subject_of
 
@@ -149,6 +152,93 @@ def test_a_model_that_is_not_prepared_is_not_stepped() -> None:
     model = nn.Linear(1, 1)
     with pytest.raises(StepError, match="model=Linear is not prepared; pass what prepare returned"):
         strategy.optimizer_step(strategy.create_optimizer(model), model, None)
+
+
+@pytest.fixture
+def alone() -> Iterator[Strategy]:
+    """A strategy in a world of one rank."""
+    strategy = get_strategy({"strategy": "fsdp2", "train_batch_size": 2, "max_norm": 1.0})
+    strategy.setup_distributed()
+    yield strategy
+    strategy.teardown()
+
+
+class Pair(nn.Module):
+    """Two parameters, of which a loss may reach one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: nn.Parameter = nn.Parameter(torch.ones(3))
+        self.second: nn.Parameter = nn.Parameter(torch.ones(3))
+
+    def forward(self, *, both: bool) -> Tensor:
+        return (self.first + self.second).sum() if both else self.first.sum()
+
+
+def test_a_window_that_a_checkpoint_ended_leaves_no_trace(alone: Strategy, tmp_path: Path) -> None:
+    """What it reached and the next one does not is not stepped, decayed or moved by momentum."""
+    model = Pair()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    trainable = alone.prepare((model, optimizer, None))
+    model, optimizer, scheduler = trainable
+    alone.save_ckpt(trainable, tmp_path)
+    alone.backward(model(both=True), model, optimizer)
+    alone.load_ckpt(trainable, tmp_path)
+    for _ in range(2):
+        alone.backward(model(both=False), model, optimizer)
+        alone.optimizer_step(optimizer, model, scheduler)
+    tensors = dict(alone.named_tensors(model))
+    assert torch.equal(tensors["second"], torch.ones(3))
+    assert not torch.equal(tensors["first"], torch.ones(3))
+
+
+def test_a_norm_beyond_float32_bounds_the_gradient(alone: Strategy) -> None:
+    """A gradient of 3e38 in four places has a norm of 6e38, and is scaled to 1."""
+    model = nn.Linear(4, 1, bias=False)
+    before = model.weight.detach().clone()
+    model, optimizer, _ = alone.prepare((model, torch.optim.SGD(model.parameters(), lr=1.0), None))
+    alone.backward(model(torch.full((1, 4), 3e38)).sum(), model, optimizer, weight=1.0, is_boundary=True)
+    result = alone.optimizer_step(optimizer, model, None, is_boundary=True)
+    assert result.grad_norm == pytest.approx(6e38)
+    torch.testing.assert_close(dict(alone.named_tensors(model))["weight"], before - 0.5)
+
+
+def test_buffers_of_a_plain_copy_are_those_of_the_model(alone: Strategy) -> None:
+    """Those too that no checkpoint has, and after they have changed."""
+    model = nn.Linear(2, 2)
+    model.register_buffer("passing", torch.zeros(2), persistent=False)
+    prepared = alone.prepare(model)
+    prepared.get_buffer("passing").fill_(3.0)
+    make_plain = build_plain_model(unwrap_model=alone.unwrap_model, named_tensors=alone.named_tensors)
+    assert make_plain(prepared).get_buffer("passing").tolist() == [3.0, 3.0]
+
+
+def test_models_and_optimizers_that_shards_cannot_have_are_refused(alone: Strategy) -> None:
+    """Complex parameters, those of another model, dtypes side by side, and optimizers of whole tensors."""
+
+    def prepare(model: nn.Module, kind: Callable[..., Optimizer] = torch.optim.SGD) -> None:
+        alone.prepare((model, kind(model.parameters()), None))
+
+    with pytest.raises(UnsupportedError, match="parameter '0' of ParameterList is complex"):
+        prepare(nn.ParameterList([torch.ones(2, dtype=torch.complex64)]))
+    with pytest.raises(
+        UnsupportedError, match=r"of Sequential that are trained are torch\.bfloat16 and torch\.float32"
+    ):
+        prepare(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).bfloat16()))
+    trunk = nn.Linear(2, 2)
+    prepare(trunk)
+    with pytest.raises(UnsupportedError, match=r"parameter '0\.weight' of Sequential is sharded already"):
+        prepare(nn.Sequential(trunk, nn.Linear(2, 2)))
+    with pytest.raises(UnsupportedError, match="optimizer=Rprop looks at whole tensors"):
+        prepare(nn.Linear(2, 2), torch.optim.Rprop)
+
+
+def test_a_parameter_is_no_extra_state(alone: Strategy) -> None:
+    """A name that ends like torch's own for a module's extra state is a name."""
+    model = nn.Module()
+    model.rnn_extra_state = nn.Parameter(torch.ones(2))
+    assert [name for name, _ in alone.named_tensors(model)] == ["rnn_extra_state"]
+    assert [name for name, _ in get_strategy({"strategy": "single"}).named_tensors(model)] == ["rnn_extra_state"]
 
 
 class Layer(nn.Module):

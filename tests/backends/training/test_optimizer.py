@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,6 +16,7 @@ from lightrft.backends.training.optimizer import create_adamw
 from lightrft.backends.training.schedule import build_schedule, rate_factor
 from lightrft.backends.training.single import build_training
 from lightrft.errors import ConfigError
+from lightrft.strategy import STRATEGIES, get_strategy
 from lightrft.strategy.config import SCHEDULERS, StrategyConfig
 
 
@@ -52,6 +54,31 @@ def test_tied_parameters_are_stepped_once_and_stay_tied() -> None:
     nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
     raw.step()
     assert torch.equal(model.embedding.weight, reference.embedding.weight)
+
+
+@pytest.mark.parametrize("options", [None, ((0.5, 0.75), 0.25), ((0.0, 0.9), 1e-8)], ids=str)
+@pytest.mark.parametrize("decay", [0.0, 0.25])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_steps_are_those_of_the_paper(
+    strategy: str, decay: float, options: tuple[tuple[float, float], float] | None
+) -> None:
+    """Given gradients move a matrix and a bias as AdamW does, by the rate, betas, decay and eps that were asked for."""
+    model = nn.Linear(3, 2)
+    arguments = {} if options is None else {"betas": options[0], "eps": options[1]}
+    optimizer = get_strategy({"strategy": strategy}).create_optimizer(model, lr=0.1, weight_decay=decay, **arguments)
+    (first, second), eps = options or ((0.9, 0.95), 1e-8)
+    generator = np.random.default_rng(0)
+    for parameter, decayed in ((model.weight, decay), (model.bias, 0.0)):
+        value, mean, square = parameter.detach().double().numpy(), 0.0, 0.0
+        for step, size in enumerate((1.0, 0.25, 0.5), start=1):  # so that an average differs from a largest value
+            gradient = size * generator.normal(size=tuple(parameter.shape))
+            mean, square = first * mean + (1 - first) * gradient, second * square + (1 - second) * gradient**2
+            root = np.sqrt(square / (1 - second**step))
+            value = value * (1 - 0.1 * decayed) - 0.1 * mean / (1 - first**step) / (root + eps)
+            optimizer.zero_grad()
+            parameter.grad = torch.from_numpy(gradient).float()
+            optimizer.step()
+        np.testing.assert_allclose(parameter.detach().numpy(), value, rtol=1e-5, atol=1e-6)
 
 
 def test_frozen_parameters_keep_their_bits_and_get_no_state() -> None:

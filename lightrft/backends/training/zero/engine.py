@@ -20,7 +20,7 @@ from lightrft.errors import StepError, UnsupportedError
 __all__ = ["build_engine", "engine_of", "has_elements", "unwrap_engine"]
 
 _NOT_ELEMENTWISE = ("Adafactor", "Adagrad", "LBFGS", "Muon", "SparseAdam")
-"""Optimizers of torch that look at whole tensors, or have state before their first step."""
+"""Optimizers that look at whole tensors, or have state before their first step."""
 
 
 def unwrap_engine(model: nn.Module) -> nn.Module:
@@ -77,10 +77,26 @@ def build_engine(
     finally:
         for parameter in marked:
             del vars(parameter)["ds_status"]
+    if (
+        optimizer is not None
+        and stage == 3
+        and "offload_optimizer" not in cast("Mapping[str, object]", settings["zero_optimization"])
+    ):
+        # its norm is known before a step, and would be one collective more
+        vars(cast("Engine", engine).optimizer)["_get_norm_groups"] = _no_norm
+    if (
+        bf16
+    ):  # on CUDA an engine that was not told switches the autocast around it off; told earlier, it would send bf16
+        configured = vars(engine)["_config"]
+        configured.torch_autocast_enabled, configured.torch_autocast_dtype = True, torch.bfloat16
     prepared = EngineModel(cast("nn.Module", engine), bf16=bf16, stepped=stepped)
-    if optimizer is not None and stage == 2:  # stage 3 looks itself, when it gathers parameters
+    if optimizer is not None and stage > 1:
         _watch(prepared, model)
     return prepared
+
+
+def _no_norm() -> list[torch.Tensor]:
+    return [torch.ones(())]
 
 
 def _watch(prepared: EngineModel, model: nn.Module) -> None:
@@ -131,7 +147,7 @@ def _steppable(optimizer: Optimizer) -> Optimizer:
     An engine changes the list of groups of the one that it is given.
     """
     name = type(optimizer).__name__
-    if name in _NOT_ELEMENTWISE and type(optimizer).__module__.startswith("torch."):
+    if name in _NOT_ELEMENTWISE:
         raise UnsupportedError(
             f"optimizer={name} steps whole tensors and zero_stage > 0 has shards; use AdamW, or zero_stage=0."
         )

@@ -37,7 +37,12 @@ def partition_model(
     import_deepspeed()
     partitioner = cast(
         "Partitioner",
-        import_module("deepspeed").zero.Init(config_dict_or_path=dict(settings), mem_efficient_linear=False),
+        import_module("deepspeed").zero.Init(
+            config_dict_or_path=dict(settings),
+            mem_efficient_linear=False,
+            # that of hpZ, which the first model makes, and a second one must not make again
+            zero_param_parallel_group=import_module("deepspeed.utils.groups")._get_zero_param_intra_parallel_group(),  # noqa: SLF001
+        ),
     )
     names = {parameter: name for name, parameter in model.named_parameters()}
     replaced: dict[nn.Parameter, nn.Parameter] = {}

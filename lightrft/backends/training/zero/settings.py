@@ -30,7 +30,7 @@ def zero_settings(
         "bf16": {"enabled": False},
         "fp16": {"enabled": False},
         "communication_data_type": "fp32",
-        # the bound is of a call in stages 0 to 2, and DeepSpeed's own in stage 3 and with offloading
+        # the bound is of a call, and DeepSpeed's own with offloading
         "gradient_clipping": config.max_norm if clips_itself(config, stage=stage, on_cpu=on_cpu) else 0.0,
         # any optimizer that steps element by element will do
         "zero_allow_untested_optimizer": True,
@@ -49,8 +49,8 @@ def clips_itself(config: StrategyConfig, *, stage: int, on_cpu: bool) -> bool:
         stage: ZeRO stage.
         on_cpu: whether the process computes on a CPU.
     """
-    # in stages 1 and 2 its norm is one collective for each group of parameters, and it can be left out
-    return stage == 3 or (stage > 0 and config.zero_offload_optimizer and not on_cpu)
+    # its norm is one collective for each group of parameters, and does not tell which of them the ranks reached
+    return stage > 0 and config.zero_offload_optimizer and not on_cpu
 
 
 def _zero(

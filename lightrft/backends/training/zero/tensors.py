@@ -15,7 +15,15 @@ from lightrft.backends.training.parameters import named_tensors as named_whole_t
 from lightrft.backends.training.zero.engine import unwrap_engine
 from lightrft.backends.zero.model import EngineModel
 from lightrft.backends.zero.package import Engine
-from lightrft.backends.zero.shards import cut, gathered, is_partitioned, is_whole_too, shard_of, whole_shape
+from lightrft.backends.zero.shards import (
+    cut,
+    forget_second_copy,
+    gathered,
+    is_partitioned,
+    is_whole_too,
+    shard_of,
+    whole_shape,
+)
 from lightrft.errors import ConfigError
 
 __all__ = ["moving_average", "named_tensors", "offload", "reload"]
@@ -82,6 +90,7 @@ def moving_average(model: nn.Module, model_ema: nn.Module, beta: float = 0.992) 
         parameter, average = _alike(parameters[name], live)
         # lerp is exact at both ends: beta=1 leaves the average alone and beta=0 copies
         average.lerp_(parameter.to(device=average.device, dtype=average.dtype), 1.0 - beta)
+        forget_second_copy(live)
         if is_whole_too(live):
             shard_of(live).copy_(cut(live.detach(), live))
 

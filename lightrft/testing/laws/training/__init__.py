@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from lightrft.testing.law import Law
-from lightrft.testing.laws.training import loading, optimizing, preparing, weights
+from lightrft.testing.laws.training import loading, preparing, weights
 
 __all__ = ["LAWS"]
 
 LAWS: tuple[Law, ...] = (
     *preparing.LAWS,
-    *optimizing.LAWS,
     *weights.LAWS,
     *loading.LAWS,
 )
