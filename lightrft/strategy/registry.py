@@ -33,7 +33,9 @@ def _build_single(config: StrategyConfig) -> Strategy:
     return assemble(
         collectives=collectives,
         training=training,
-        checkpointing=build_checkpointing(collectives=collectives, access=build_live_access(training.unwrap_model)),
+        checkpointing=build_checkpointing(
+            collectives=collectives, access=build_live_access(training.unwrap_model), strategy="single"
+        ),
         rollout=build_rollout(
             config,
             find_engine=find_engine,
@@ -60,7 +62,9 @@ def _build_fsdp2(config: StrategyConfig) -> Strategy:
     return assemble(
         collectives=collectives,
         training=training,
-        checkpointing=build_checkpointing(collectives=collectives, access=build_live_access(training.unwrap_model)),
+        checkpointing=build_checkpointing(
+            collectives=collectives, access=build_live_access(training.unwrap_model), strategy="fsdp2"
+        ),
         rollout=attrs.evolve(
             rollout, gather_and_generate=build_gather_and_generate(collectives, rollout.engine_generate_local)
         ),
@@ -87,7 +91,9 @@ def _build_deepspeed(config: StrategyConfig) -> Strategy:
     return assemble(
         collectives=collectives,
         training=training,
-        checkpointing=build_checkpointing(collectives=collectives, access=build_access(training.unwrap_model)),
+        checkpointing=build_checkpointing(
+            collectives=collectives, access=build_access(training.unwrap_model), strategy="deepspeed"
+        ),
         rollout=attrs.evolve(
             rollout, gather_and_generate=build_gather_and_generate(collectives, rollout.engine_generate_local)
         ),

@@ -29,7 +29,9 @@ class CheckpointFunctions:
     load_model: LoadModel
 
 
-def build_checkpointing(*, collectives: Collectives, access: StateAccess) -> CheckpointFunctions:
+def build_checkpointing(
+    *, collectives: Collectives, access: StateAccess, strategy: str | None = None
+) -> CheckpointFunctions:
     """Return the checkpoint functions of a backend.
 
     `save_ckpt` numbers the first checkpoint 1 where no step is given.
@@ -38,9 +40,10 @@ def build_checkpointing(*, collectives: Collectives, access: StateAccess) -> Che
         collectives: what the ranks do together.
         access: what the backend knows of live tensors; `lightrft.backends.checkpointing.live.build_live_access` for
             models and optimizers of torch's own kind.
+        strategy: key of the backend, which the manifest of a checkpoint names.
     """
     return CheckpointFunctions(
-        save_ckpt=build_save_ckpt(collectives, access),
+        save_ckpt=build_save_ckpt(collectives, access, strategy=strategy),
         load_ckpt=build_load_ckpt(collectives, access),
         latest_ckpt=build_latest_ckpt(),
         save_model=build_save_model(collectives, access),

@@ -29,6 +29,7 @@ __all__ = [
     "FileRecord",
     "commit",
     "disk_errors",
+    "find_leftovers",
     "make_directory",
     "remove_leftovers",
     "retire",
@@ -215,11 +216,21 @@ def remove_leftovers(parent: Path, name: str) -> None:
         parent: where to look.
         name: regular expression of the targets' names.
     """
-    pattern = re.compile(rf"\.(?:{name})\.tmp-[0-9a-f]{{16}}")
-    for path in sorted(parent.iterdir()):
-        if pattern.fullmatch(path.name) and not path.is_symlink():
-            with suppress(FileNotFoundError, NotADirectoryError):  # its writer has finished meanwhile, or it is a file
-                _remove_if_abandoned(path)
+    for path in find_leftovers(parent, name):
+        with suppress(FileNotFoundError, NotADirectoryError):  # its writer has finished meanwhile, or it is a file
+            _remove_if_abandoned(path)
+
+
+def find_leftovers(parent: Path, name: str) -> dict[Path, str]:
+    """Return what has the form of a staging directory, of a killed or a living writer, and the target's name of each.
+
+    Args:
+        parent: where to look.
+        name: regular expression of the targets' names.
+    """
+    pattern = re.compile(rf"\.({name})\.tmp-[0-9a-f]{{16}}")
+    found = [(path, pattern.fullmatch(path.name)) for path in sorted(parent.iterdir())]
+    return {path: match[1] for path, match in found if match is not None and not path.is_symlink()}
 
 
 def _locked_directory(target: Path) -> tuple[Path, int]:

@@ -26,13 +26,17 @@ __all__ = [
     "STEP_PATTERN",
     "checkpoint_path",
     "committed_steps",
+    "ever_committed_steps",
     "gradients_file",
     "model_file",
+    "model_names",
     "newest_step",
     "optimizer_file",
     "random_file",
     "require_entry_names",
     "state_file",
+    "step_directories",
+    "was_committed",
 ]
 
 MANIFEST = "manifest.json"
@@ -59,7 +63,7 @@ def committed_steps(directory: Path) -> list[int]:
     Args:
         directory: directory of all checkpoints of the run; it need not exist.
     """
-    return [step for step, path in _step_directories(directory) if (path / MANIFEST).is_file()]
+    return [step for step, path in step_directories(directory) if (path / MANIFEST).is_file()]
 
 
 def newest_step(directory: Path) -> int | None:
@@ -70,8 +74,16 @@ def newest_step(directory: Path) -> int | None:
     Args:
         directory: directory of all checkpoints of the run; it need not exist.
     """
-    steps = [step for step, path in _step_directories(directory) if _was_committed(path)]
-    return steps[-1] if steps else None
+    return next(reversed(ever_committed_steps(directory)), None)
+
+
+def ever_committed_steps(directory: Path) -> list[int]:
+    """Return the steps that were ever committed, with or without their manifest now, in ascending order.
+
+    Args:
+        directory: directory of all checkpoints of the run; it need not exist.
+    """
+    return [step for step, path in step_directories(directory) if was_committed(path)]
 
 
 def require_entry_names(names: Iterable[str]) -> None:
@@ -102,6 +114,16 @@ def model_file(name: str) -> str:
     return f"{name}.model.safetensors"
 
 
+def model_names(files: Iterable[str]) -> list[str]:
+    """Return the names of the models whose parameters are among the files, in alphabetical order.
+
+    Args:
+        files: names of the files of a checkpoint.
+    """
+    suffix = model_file("")
+    return sorted(file.removesuffix(suffix) for file in files if file.endswith(suffix))
+
+
 def optimizer_file(name: str) -> str:
     """Return the file of a model's optimizer state."""
     return f"{name}.optimizer.safetensors"
@@ -122,11 +144,24 @@ def random_file(rank: int) -> str:
     return f"rank-{rank:05d}.random.json"
 
 
-def _was_committed(path: Path) -> bool:
+def was_committed(path: Path) -> bool:
+    """Return whether a directory of a step was ever a checkpoint; one that lost its manifest is a damaged one.
+
+    Args:
+        path: the directory.
+    """
     return (path / MANIFEST).is_file() or (path / random_file(0)).is_file()
 
 
-def _step_directories(directory: Path) -> list[tuple[int, Path]]:
+def step_directories(directory: Path) -> list[tuple[int, Path]]:
+    """Return (step, directory) of all that have the name of a checkpoint, whatever they hold, by step.
+
+    Args:
+        directory: directory of all checkpoints of the run; it need not exist.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     if not directory.exists():
         return []
     try:

@@ -11,12 +11,13 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Protocol, TypeAlias, cast
-
-import torch
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeGuard, cast
 
 from lightrft.errors import CheckpointError, ConfigError
 from lightrft.strategy.protocols.checkpointing import Json
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["as_dict", "decode", "dumps", "encode_client_state", "encode_internal", "loads"]
 
@@ -109,7 +110,7 @@ def encode_internal(value: object, path: str) -> Json:
         return {"$counter": _encode_pairs(cast("Counter[object]", value), path, encode_internal)}
     if isinstance(value, dict):
         return _encode_dict(cast("dict[object, object]", value), path, encode_internal)
-    if isinstance(value, torch.Tensor) and value.numel() <= 1:
+    if _is_scalar_tensor(value):
         return {"$tensor": _encode_tensor(value)}
     return _encode_plain(value, path, encode_internal)
 
@@ -171,12 +172,22 @@ def _encode_pairs(value: Mapping[object, object], path: str, encode: _Encode) ->
     return [[encode(key, f"a key of {path}"), encode(item, f"{path}[{key!r}]")] for key, item in value.items()]
 
 
+def _is_scalar_tensor(value: object) -> TypeGuard[torch.Tensor]:
+    import torch
+
+    return isinstance(value, torch.Tensor) and value.numel() <= 1
+
+
 def _encode_tensor(value: torch.Tensor) -> Json:
+    import torch
+
     content = bytes(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).tolist())
     return {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape), "bytes": content.hex()}
 
 
 def _decode_tensor(body: Json) -> object:
+    import torch
+
     fields = as_dict(body, source="$tensor")
     dtype = cast("torch.dtype", getattr(torch, str(fields["dtype"])))
     content = torch.tensor(list(bytes.fromhex(str(fields["bytes"]))), dtype=torch.uint8)

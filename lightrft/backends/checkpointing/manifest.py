@@ -8,10 +8,10 @@ import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import attrs
 import safetensors
-import torch
 
 from lightrft import __version__
 from lightrft.backends.checkpointing.durable import FileRecord
@@ -20,13 +20,34 @@ from lightrft.backends.checkpointing.lossless import as_dict, dumps, loads
 from lightrft.errors import CheckpointError
 from lightrft.strategy.protocols.checkpointing import Json
 
-__all__ = ["FORMAT_VERSION", "Manifest", "read_manifest", "render_manifest", "verify_checkpoint"]
+__all__ = [
+    "FORMAT_VERSION",
+    "Manifest",
+    "find_damage",
+    "read_manifest",
+    "render_manifest",
+    "verify_checkpoint",
+    "verify_file",
+]
 
 FORMAT_VERSION = 1
 """Version of the layout that this module reads and writes."""
 _FORMAT = "lightrft-checkpoint"
+_BLOCK_SIZE = 1 << 20  # bytes that are digested at once
 # no path, no hidden file and no name that a shell takes for an option
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,254}")
+
+
+class OnRead(Protocol):
+    """Is told how far reading has come."""
+
+    def __call__(self, num_bytes: int, /) -> None:
+        """Take note.
+
+        Args:
+            num_bytes: how many more were read.
+        """
+        ...
 
 
 @attrs.frozen(kw_only=True)
@@ -37,11 +58,15 @@ class Manifest:
         step: its step.
         world_size: ranks of the run that wrote it.
         files: size and digest of every file but the manifest, by name.
+        strategy: key of the strategy that wrote it; None where it has none.
+        libraries: versions of what wrote it, by name; `render_manifest` writes those of this process.
     """
 
     step: int
     world_size: int
     files: Mapping[str, FileRecord]
+    strategy: str | None = None
+    libraries: Mapping[str, str] = attrs.field(factory=dict[str, str])
 
 
 def render_manifest(manifest: Manifest) -> bytes:
@@ -50,11 +75,14 @@ def render_manifest(manifest: Manifest) -> bytes:
     Args:
         manifest: the record.
     """
+    import torch
+
     return _seal(
         {
             "format": _FORMAT,
             "version": FORMAT_VERSION,
             "step": manifest.step,
+            "strategy": manifest.strategy,
             "world_size": manifest.world_size,
             "libraries": {
                 "lightrft": __version__,
@@ -89,7 +117,15 @@ def read_manifest(directory: Path, *, step: int) -> Manifest:
         )
     if content.get("step") != step:
         raise CheckpointError(f"{path} is of step {content.get('step')!r}, not {step}; load another checkpoint.")
-    return Manifest(step=step, world_size=_whole(content.get("world_size"), path), files=_files(content, path))
+    strategy = content.get("strategy")
+    libraries = as_dict(content.get("libraries", {}), source=str(path))
+    return Manifest(
+        step=step,
+        world_size=_whole(content.get("world_size"), path),
+        files=_files(content, path),
+        strategy=None if strategy is None else str(strategy),
+        libraries={name: str(version) for name, version in libraries.items()},
+    )
 
 
 def verify_checkpoint(directory: Path, manifest: Manifest) -> None:
@@ -103,14 +139,48 @@ def verify_checkpoint(directory: Path, manifest: Manifest) -> None:
         CheckpointError: a file is missing, is no plain file, or its content is not what was written; it is named.
     """
     for name, record in manifest.files.items():
-        path = directory / name
+        verify_file(directory / name, record)
+
+
+def find_damage(directory: Path, *, step: int, on_read: OnRead | None = None) -> dict[str, str]:
+    """Return what is wrong with each damaged file of a checkpoint, by its name; nothing where it verifies.
+
+    Args:
+        directory: the checkpoint.
+        step: the step that it should hold.
+        on_read: told of the bytes as they are read.
+    """
+    try:
+        manifest = read_manifest(directory, step=step)
+    except CheckpointError as error:  # it alone says what the others should be
+        return {MANIFEST: str(error)}
+    damage: dict[str, str] = {}
+    for name, record in manifest.files.items():
         try:
-            _verify_file(path, record)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}; load another checkpoint.") from error
+            verify_file(directory / name, record, on_read=on_read)
+        except CheckpointError as error:
+            damage[name] = str(error)
+    return damage
 
 
-def _verify_file(path: Path, record: FileRecord) -> None:
+def verify_file(path: Path, record: FileRecord, *, on_read: OnRead | None = None) -> None:
+    """Check the size and the digest of one file.
+
+    Args:
+        path: the file.
+        record: what it should be.
+        on_read: told of the bytes as they are read.
+
+    Raises:
+        CheckpointError: it is missing, is no plain file, or its content is not what was written.
+    """
+    try:
+        _verify_file(path, record, on_read)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; load another checkpoint.") from error
+
+
+def _verify_file(path: Path, record: FileRecord, on_read: OnRead | None) -> None:
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path} is not a plain file; load another checkpoint.")
@@ -118,12 +188,21 @@ def _verify_file(path: Path, record: FileRecord) -> None:
         raise CheckpointError(
             f"{path} has {status.st_size} bytes, and {record.size} were written; load another checkpoint."
         )
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != record.sha256:
+    if _digest(path, on_read) != record.sha256:
         raise CheckpointError(
             f"{path} is damaged: its SHA-256 is not the one that was written; load another checkpoint."
         )
+
+
+def _digest(path: Path, on_read: OnRead | None) -> str:
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(_BLOCK_SIZE))
+    with path.open("rb", buffering=0) as file:
+        while num_bytes := file.readinto(block):
+            digest.update(block[:num_bytes])
+            if on_read is not None:
+                on_read(num_bytes)
+    return digest.hexdigest()
 
 
 def _seal(content: dict[str, Json]) -> bytes:

@@ -57,14 +57,16 @@ class _Request:
     client_state: dict[str, Json]
     step: int | None
     max_num: int | None
+    strategy: str | None
 
 
-def build_save_ckpt(collectives: Collectives, access: StateAccess) -> SaveCkpt:
+def build_save_ckpt(collectives: Collectives, access: StateAccess, *, strategy: str | None = None) -> SaveCkpt:
     """Return `save_ckpt` over the given ranks.
 
     Args:
         collectives: what the ranks do together.
         access: what a backend knows of live tensors.
+        strategy: its key, for the manifest.
     """
 
     def save_ckpt(
@@ -85,6 +87,7 @@ def build_save_ckpt(collectives: Collectives, access: StateAccess) -> SaveCkpt:
             client_state=encode_client_state({} if client_state is None else client_state),
             step=step,
             max_num=max_num,
+            strategy=strategy,
         )
         return _save(request, world_of(collectives), collectives, access)
 
@@ -124,9 +127,10 @@ def _save(request: _Request, world: World, collectives: Collectives, access: Sta
 
         def finish() -> dict[str, Json]:
             if is_first:
-                _finish(
-                    request, content, target, Manifest(step=step, world_size=world.world_size, files=_merge(written))
+                manifest = Manifest(
+                    step=step, world_size=world.world_size, files=_merge(written), strategy=request.strategy
                 )
+                _finish(request, content, target, manifest)
             return {}
 
         together(collectives, finish)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -21,7 +22,7 @@ from lightrft.backends.checkpointing.lossless import as_dict, dumps, loads
 from lightrft.errors import CheckpointError, UnsupportedError
 from lightrft.strategy.protocols.checkpointing import Json
 
-__all__ = ["read_tensors", "reading_order", "require_plain", "safetensors_chunks", "whole_tensor"]
+__all__ = ["read_tensors", "reading_order", "require_plain", "safetensors_chunks", "stored_tensors", "whole_tensor"]
 
 _RAW = "lightrft.raw"
 
@@ -119,14 +120,53 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: it is missing or not a whole safetensors file.
     """
+    with _whole_file(path), safe_open(path, framework="pt") as file:
+        raw = _raw_of(cast("dict[str, str] | None", file.metadata()) or {}, path)
+        tensors = {name: cast("torch.Tensor", file.get_tensor(name)) for name in cast("list[str]", file.keys())}
+    return {name: _from_raw(tensor, raw[name]) if name in raw else tensor for name, tensor in tensors.items()}
+
+
+def stored_tensors(path: Path) -> dict[str, WholeTensor]:
+    """Return the tensors of a safetensors file, in its order; each is read when it is asked for, and not kept.
+
+    Args:
+        path: the file; it is opened again for each tensor.
+
+    Raises:
+        CheckpointError: it is missing or not a whole safetensors file.
+    """
+    with _whole_file(path), safe_open(path, framework="pt") as file:
+        raw = _raw_of(cast("dict[str, str] | None", file.metadata()) or {}, path)
+        slices = {name: file.get_slice(name) for name in cast("list[str]", file.keys())}
+        written = {name: (list(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()}
+    return {name: _stored(path, name, shape, kind, raw.get(name)) for name, (shape, kind) in written.items()}
+
+
+def _stored(path: Path, name: str, shape: list[int], kind: str, described: Json) -> WholeTensor:
+    def read() -> torch.Tensor:
+        with _whole_file(path), safe_open(path, framework="pt") as file:
+            tensor = cast("torch.Tensor", file.get_tensor(name))
+        return tensor if described is None else _from_raw(tensor, described)
+
+    if described is not None:
+        dtype, shape = _described(described)
+        return WholeTensor(shape=shape, dtype=dtype, read=read)
+    dtypes = [dtype for dtype, written in _DTYPES.items() if written == kind]
+    if not dtypes:
+        raise CheckpointError(f"{path}: {name} has the dtype {kind!r}, which no checkpoint holds; load another one.")
+    return WholeTensor(shape=shape, dtype=dtypes[0], read=read)
+
+
+@contextmanager
+def _whole_file(path: Path) -> Generator[None]:
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = cast("dict[str, str] | None", file.metadata()) or {}
-            tensors = {name: cast("torch.Tensor", file.get_tensor(name)) for name in cast("list[str]", file.keys())}
+        yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}); load another checkpoint.") from error
-    raw = as_dict(loads(metadata.get(_RAW, "{}").encode(), source=str(path)), source=str(path))
-    return {name: _from_raw(tensor, raw[name]) if name in raw else tensor for name, tensor in tensors.items()}
+
+
+def _raw_of(metadata: Mapping[str, str], path: Path) -> dict[str, Json]:
+    return as_dict(loads(metadata.get(_RAW, "{}").encode(), source=str(path)), source=str(path))
 
 
 def _sorted_names(tensors: Mapping[str, WholeTensor]) -> list[str]:
@@ -179,10 +219,15 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _from_raw(tensor: torch.Tensor, description: Json) -> torch.Tensor:
+    dtype, shape = _described(description)
+    return tensor.clone().view(dtype).reshape(shape)
+
+
+def _described(description: Json) -> tuple[torch.dtype, list[int]]:
     fields = as_dict(description, source=_RAW)
     dtype = getattr(torch, str(fields.get("dtype")), None)
     if not isinstance(dtype, torch.dtype):
         raise CheckpointError(
             f"dtype={fields.get('dtype')!r} is unknown to torch {torch.__version__}; install a newer torch."
         )
-    return tensor.clone().view(dtype).reshape(cast("list[int]", fields.get("shape")))
+    return dtype, cast("list[int]", fields.get("shape"))
