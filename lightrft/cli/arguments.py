@@ -9,7 +9,7 @@ from typing import NoReturn
 from typing_extensions import override
 
 from lightrft import __version__
-from lightrft.cli import conformance, doctor, evaluate, plan, registered, report, train
+from lightrft.cli import checkpoint, conformance, doctor, evaluate, plan, registered, report, train
 from lightrft.cli.command import Command
 from lightrft.errors import ConfigError, nearest
 
@@ -20,6 +20,7 @@ COMMANDS: tuple[Command, ...] = (
     plan.COMMAND,
     evaluate.COMMAND,
     report.COMMAND,
+    checkpoint.COMMAND,
     registered.STRATEGIES_COMMAND,
     registered.ENGINES_COMMAND,
     doctor.COMMAND,

@@ -28,6 +28,7 @@ from lightrft.tracking.progress import build_progress_tracker
         ["--version"],
         ["train", "--help"],
         ["evaluate", "--help"],
+        ["checkpoint", "--help"],
         ["conformance", "--help"],
         ["train", "--print-config"],
         ["engines"],
@@ -48,10 +49,10 @@ def test_answers_without_torch(argv: list[str]) -> None:
 
 
 def test_help_names_every_command_and_the_version(cli: Cli) -> None:
-    """`--help` lists the eight commands; `--version` prints the version."""
+    """`--help` lists the nine commands; `--version` prints the version."""
     shown = cli("--help")
     assert shown.code == 0
-    for name in ("train", "plan", "evaluate", "report", "strategies", "engines", "doctor", "conformance"):
+    for name in ("train", "plan", "evaluate", "report", "checkpoint", "strategies", "engines", "doctor", "conformance"):
         assert name in shown.out
     assert cli("--version").out == f"lightrft {__version__}\n"
 

@@ -1,0 +1,462 @@
+"""`lightrft checkpoint` on real checkpoints of a small run, on damaged ones, and on what is none."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+import attrs
+import pytest
+import torch
+from cli_runs import REPOSITORY, Cli
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightrft.cli.checkpoint.place import CHECKPOINTS_NAME
+from lightrft.cli.run_dir import bind_config
+from lightrft.config import Config, ModelConfig, StrategyConfig
+from lightrft.errors import CheckpointError
+from lightrft.loops.run import checkpoint_dir
+from lightrft.models.build import build_model_and_tokenizer
+from lightrft.models.tokenizer import ModelTokenizer
+from lightrft.strategy import Strategy, Trainable, get_strategy
+
+CONFIG = Config(
+    strategy=StrategyConfig(strategy="single", actor_learning_rate=1e-2),
+    model=ModelConfig(hidden_size=16, num_layers=1, num_heads=2, max_length=16, alphabet="0123456789+="),
+)
+CLIENT_STATE = {"rewards": {"mean": 0.1, "worst": float("-inf")}, "note": "n" * 300}
+
+
+@attrs.frozen(kw_only=True)
+class Saved:
+    """A run with the steps 3, 6 and 9, and the objects that were saved last."""
+
+    directory: Path
+    strategy: Strategy
+    actor: Trainable
+    tokenizer: ModelTokenizer
+
+
+def build_actor(strategy: Strategy) -> tuple[Trainable, ModelTokenizer]:
+    model, tokenizer = build_model_and_tokenizer(CONFIG.model, seed=0)
+    actor, _, _, _ = strategy.prepare_models_and_optimizers(model, None, None, None, None, 9)
+    return actor, tokenizer
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    directory = tmp_path_factory.mktemp("made") / "run"
+    directory.mkdir()
+    bind_config(directory, CONFIG, is_resumed=False)
+    strategy = get_strategy(CONFIG)
+    strategy.setup_distributed()
+    actor, tokenizer = build_actor(strategy)
+    tokens_BT = torch.arange(2, 10)[None]
+    for step in (3, 6, 9):
+        strategy.backward(actor.model(input_ids=tokens_BT, labels=tokens_BT).loss, actor.model, actor.optimizer)
+        strategy.optimizer_step(actor.optimizer, actor.model, actor.scheduler)
+        models = {"actor": actor, "critic": nn.Linear(2, 3).double()}
+        strategy.save_ckpt(models, directory / "checkpoints", step=step, client_state=CLIENT_STATE)
+    return Saved(directory=directory, strategy=strategy, actor=actor, tokenizer=tokenizer)
+
+
+@pytest.fixture
+def saved(made: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Saved:
+    """A copy of the run to break, as `run` in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(made.directory, tmp_path / "run")
+    return attrs.evolve(made, directory=tmp_path / "run")
+
+
+def step_of(saved: Saved, step: int) -> Path:
+    return saved.directory / "checkpoints" / f"step-{step:08d}"
+
+
+def flip(path: Path, position: int = -1) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def leave_half_written(saved: Saved, step: int) -> Path:
+    """Leave what a writer leaves that is killed while it writes, and return it."""
+    program = (
+        "import os, pathlib, sys\n"
+        "from lightrft.backends.checkpointing.durable import staging, write_file\n"
+        "with staging(pathlib.Path(sys.argv[1])) as content:\n"
+        "    write_file(content / 'actor.model.safetensors', [bytes(1000)])\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run(  # noqa: S603 (our own interpreter)
+        [sys.executable, "-c", program, str(step_of(saved, step))],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        check=False,
+    )
+    assert done.returncode == -9
+    (found,) = (saved.directory / "checkpoints").glob(f".step-{step:08d}.tmp-*")
+    return found
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+def num_bytes(directory: Path) -> int:
+    return sum(len(content) for content in tree(directory).values())
+
+
+def facts(cli: Cli, *argv: str, code: int = 0) -> dict[str, object]:
+    """The one JSON object on stdout."""
+    outcome = cli("checkpoint", *argv, "--json")
+    assert (outcome.code, outcome.err) == (code, ""), outcome
+    return cast("dict[str, object]", json.loads(outcome.out))
+
+
+def rows_of(answer: Mapping[str, object], key: str = "checkpoints") -> list[dict[str, object]]:
+    return cast("list[dict[str, object]]", answer[key])
+
+
+@pytest.mark.parametrize("directory", ["run", "run/checkpoints"])
+def test_list_has_a_row_for_each_checkpoint(cli: Cli, saved: Saved, directory: str) -> None:
+    """A run's directory or that of its checkpoints: step, time, bytes, strategy, ranks, and that it is there."""
+    os.utime(step_of(saved, 6) / "manifest.json", (86400, 86400))
+    rows = rows_of(facts(cli, "list", directory))
+    assert [row["step"] for row in rows] == [3, 6, 9]
+    assert [row["num_bytes"] for row in rows] == [num_bytes(step_of(saved, step)) for step in (3, 6, 9)]
+    assert rows[1]["written"] == "1970-01-02T00:00:00+00:00"
+    for row in rows:
+        shown = {key: row[key] for key in ("strategy", "world_size", "is_committed", "problem")}
+        assert shown == {"strategy": "single", "world_size": 1, "is_committed": True, "problem": None}
+    lines = cli("checkpoint", "list", directory).out.splitlines()
+    assert lines[0].split() == ["step", "written", "size", "strategy", "ranks", "committed"]
+    assert [(line.split()[0], line.split()[-1]) for line in lines[1:]] == [("3", "yes"), ("6", "yes"), ("9", "yes")]
+
+
+def test_list_says_what_is_no_checkpoint(cli: Cli, saved: Saved) -> None:
+    """A killed writer's directory, a foreign one, a lost and a damaged manifest each have a row that says so."""
+    half = leave_half_written(saved, 12)
+    step_of(saved, 99).mkdir()
+    (step_of(saved, 99) / "notes.txt").write_text("mine")
+    (step_of(saved, 6) / "manifest.json").unlink()
+    flip(step_of(saved, 9) / "manifest.json", 40)
+    (saved.directory / "checkpoints" / "step-x").mkdir()
+    rows = {cast("int", row["step"]): row for row in rows_of(facts(cli, "list", "run"))}
+    assert {step: row["is_committed"] for step, row in rows.items()} == {
+        3: True,
+        6: False,
+        9: True,
+        12: False,
+        99: False,
+    }
+    problems = {step: str(row["problem"]) for step, row in rows.items()}
+    assert problems[3] == "None"
+    assert "manifest.json cannot be read: No such file" in problems[6]
+    assert "manifest.json is damaged" in problems[9]
+    assert f"{half.name} is unfinished" in problems[12]
+    assert rows[12]["num_bytes"] == num_bytes(half) > 1000
+    assert "is no checkpoint" in problems[99]
+    assert f"-         -      no: {half.parent}" in cli("checkpoint", "list", str(saved.directory)).out
+
+
+def test_verify_finds_nothing_wrong_with_what_was_written(cli: Cli, saved: Saved) -> None:
+    """Whole checkpoints verify, all bytes of their files but the manifests' are read, and foreign ones play no part."""
+    leave_half_written(saved, 12)
+    step_of(saved, 99).mkdir()
+    answer = facts(cli, "verify", "run")
+    assert answer["is_intact"] is True
+    assert [row["step"] for row in rows_of(answer)] == [3, 6, 9]
+    manifests = sum((step_of(saved, step) / "manifest.json").stat().st_size for step in (3, 6, 9))
+    assert answer["num_bytes"] == sum(num_bytes(step_of(saved, step)) for step in (3, 6, 9)) - manifests
+    outcome = cli("checkpoint", "verify", "run")
+    assert (outcome.code, len(outcome.out.splitlines())) == (0, 3)
+
+
+@pytest.mark.parametrize("position", [0, 700, -1])
+def test_verify_names_every_damaged_file(cli: Cli, saved: Saved, position: int) -> None:
+    """A flipped bit, a lost and a shortened file are named with their step, and nothing else is; exit code 1."""
+    flip(step_of(saved, 6) / "actor.model.safetensors", position)
+    (step_of(saved, 6) / "rank-00000.random.json").unlink()
+    cut = step_of(saved, 9) / "actor.state.json"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    answer = facts(cli, "verify", "run", code=1)
+    damaged = {row["step"]: sorted(cast("dict[str, str]", row["damaged"])) for row in rows_of(answer)}
+    assert damaged == {3: [], 6: ["actor.model.safetensors", "rank-00000.random.json"], 9: ["actor.state.json"]}
+    assert answer["is_intact"] is False
+    outcome = cli("checkpoint", "verify", "run", "--step", "9")
+    assert (outcome.code, outcome.err) == (1, "")
+    assert outcome.out.splitlines()[0] == "step 9: damaged in actor.state.json"
+    assert cli("checkpoint", "verify", "run", "--step=3").code == 0
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "client_state.json", "actor.optimizer.safetensors"])
+def test_verify_and_loading_mean_the_same(cli: Cli, saved: Saved, file: str) -> None:
+    """What `load_ckpt` refuses is what `verify` names, in the same words."""
+    flip(step_of(saved, 9) / file, 60)
+    named = cast("dict[str, str]", rows_of(facts(cli, "verify", "run", "--step=9", code=1))[0]["damaged"])
+    actor, _ = build_actor(saved.strategy)
+    with pytest.raises(CheckpointError) as refused:
+        saved.strategy.load_ckpt({"actor": actor, "critic": nn.Linear(2, 3).double()}, "run/checkpoints", step=9)
+    assert list(named) == [file]
+    assert str(refused.value).startswith(named[file])
+
+
+def test_a_checkpoint_without_its_manifest_is_damaged(cli: Cli, saved: Saved) -> None:
+    """It is not passed over, neither by `verify` nor as the newest one."""
+    (step_of(saved, 9) / "manifest.json").unlink()
+    assert list(cast("dict[str, str]", rows_of(facts(cli, "verify", "run", code=1))[-1]["damaged"])) == [
+        "manifest.json"
+    ]
+    for argv in (["show", "run"], ["export", "run", "out"]):
+        outcome = cli("checkpoint", *argv)
+        assert (outcome.code, outcome.out) == (1, "")
+        assert "step-00000009/manifest.json cannot be read" in outcome.line
+
+
+def test_verify_shows_a_bar_on_a_terminal_alone(saved: Saved) -> None:
+    """On a terminal stderr gets a bar in bytes; stdout stays the same, one JSON object."""
+    main_end, other_end = os.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TERM": "xterm"}
+    argv = [sys.executable, "-m", "lightrft", "checkpoint", "verify", str(saved.directory), "--json"]
+    done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=other_end, env=environment, check=False)  # noqa: S603 (our own interpreter)
+    os.close(other_end)
+    shown = os.read(main_end, 1 << 16).decode()
+    os.close(main_end)
+    assert (done.returncode, json.loads(done.stdout)["is_intact"]) == (0, True)
+    assert "verifying" in shown
+    assert "kB" in shown
+
+
+def test_show_counts_what_is_there(cli: Cli, saved: Saved) -> None:
+    """Tensors, elements and dtypes of models and optimizers are those of the live ones; the client state is there."""
+    answer = facts(cli, "show", "run")
+    assert (answer["step"], answer["strategy"], answer["world_size"]) == (9, "single", 1)
+    assert cast("dict[str, str]", answer["libraries"])["torch"] == torch.__version__
+    assert set(cast("dict[str, int]", answer["files"])) == set(tree(step_of(saved, 9))) - {"manifest.json"}
+    models = cast("dict[str, dict[str, object]]", answer["models"])
+    parameters = dict(saved.actor.model.named_parameters())
+    number, elements = len(parameters), sum(parameter.numel() for parameter in parameters.values())
+    own = {key: models["actor"][key] for key in ("num_tensors", "num_elements", "dtypes")}
+    assert own == {"num_tensors": number, "num_elements": elements, "dtypes": {"float32": elements}}
+    assert models["actor"]["optimizer"] == {
+        "num_tensors": 3 * number,
+        "num_elements": 2 * elements + number,
+        "dtypes": {"float32": 2 * elements + number},
+    }
+    assert models["critic"] == {"num_tensors": 2, "num_elements": 9, "dtypes": {"float64": 9}, "optimizer": None}
+    state = cast("dict[str, object]", answer["client_state"])
+    assert state["note"] == CLIENT_STATE["note"]
+    assert state["rewards"] == {"mean": 0.1, "worst": {"$float": "-inf"}}
+    shown = cli("checkpoint", "show", "run", "--step", "3").out
+    assert f"{number}       {elements:,}     float32 {elements:,}" in shown
+    assert '  rewards: {"mean": 0.1,' in shown
+    assert "(302 characters; --json shows them all)" in shown
+
+
+def test_show_trusts_no_damaged_client_state(cli: Cli, saved: Saved) -> None:
+    """What is printed of the user's state was verified."""
+    flip(step_of(saved, 9) / "client_state.json", 20)
+    outcome = cli("checkpoint", "show", "run", "--json")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert "client_state.json is damaged" in outcome.line
+
+
+def test_export_writes_what_save_model_writes(cli: Cli, saved: Saved) -> None:
+    """The directory equals that of `save_model` byte for byte, and transformers computes the same logits with it."""
+    answer = facts(cli, "export", "run", "out")
+    saved.strategy.save_model(saved.actor.model, "live", tokenizer=saved.tokenizer)
+    assert tree(Path("out")) == tree(Path("live"))
+    assert (answer["step"], answer["model"], answer["missing"]) == (9, "actor", None)
+    assert answer["files"] == sorted(tree(Path("live")))
+    tokens_BT = torch.tensor([AutoTokenizer.from_pretrained("out").encode("1+2=")])
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained("out").eval()(tokens_BT).logits
+        assert torch.equal(logits, saved.actor.model.eval()(tokens_BT).logits)
+    older = facts(cli, "export", "run/checkpoints", "older", "--step", "6")
+    assert older["step"] == 6
+    assert tree(Path("older"))["config.json"] == tree(Path("out"))["config.json"]
+    assert tree(Path("older"))["model.safetensors"] != tree(Path("out"))["model.safetensors"]
+
+
+def test_export_reads_a_finished_runs_own_description(cli: Cli, saved: Saved) -> None:
+    """Where the model that the run began with has gone, the one that the run wrote describes it too."""
+    saved.strategy.save_model(saved.actor.model, "run/model", tokenizer=saved.tokenizer)
+    config = saved.directory / "config.toml"
+    config.write_text(config.read_text().replace("[model]", '[model]\npath = "gone"'))
+    assert facts(cli, "export", "run", "out")["missing"] is None
+    out, model = tree(Path("out")), tree(Path("run/model"))
+    assert out.keys() == model.keys()
+    # transformers notes in `tokenizer_config.json` that a tokenizer was loaded
+    assert all(out[file] == model[file] for file in out if file != "tokenizer_config.json")
+
+
+@pytest.mark.parametrize("why", ["no config", "no model", "another model"])
+def test_export_says_what_the_run_does_not_hold(cli: Cli, saved: Saved, why: str) -> None:
+    """Without a description of this very model the weights are written alone, and the rest is named."""
+    config, argv, name = saved.directory / "config.toml", ["export", "run", "out"], "actor"
+    if why == "no config":
+        config.unlink()
+    elif why == "no model":
+        config.write_text(config.read_text().replace("[model]", '[model]\npath = "gone"'))
+    else:
+        argv, name = [*argv, "--model", "critic"], "critic"
+    outcome = cli("checkpoint", *argv)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert list(tree(Path("out"))) == ["model.safetensors"]
+    missing = outcome.out.splitlines()[-1]
+    assert missing.startswith("missing: the configuration and the tokenizer")
+    words = {
+        "no config": "neither config.toml nor model/config.json",
+        "no model": "path='gone' is not a directory",
+        "another model": "config.toml describes another model: the checkpoint lacks",
+    }
+    assert words[why] in missing
+    written, live = load_file("out/model.safetensors"), dict(saved.actor.model.named_parameters())
+    if name == "actor":
+        assert written.keys() == live.keys()
+        assert all(torch.equal(written[key], live[key]) for key in live)
+    else:
+        assert {key: (tensor.dtype, list(tensor.shape)) for key, tensor in written.items()} == {
+            "weight": (torch.float64, [3, 2]),
+            "bias": (torch.float64, [3]),
+        }
+
+
+@pytest.mark.parametrize("file", ["actor.model.safetensors", "actor.state.json"])
+def test_export_refuses_damaged_weights(cli: Cli, saved: Saved, file: str) -> None:
+    """A flipped bit in the model's own files is named and nothing is written; elsewhere it plays no part."""
+    flip(step_of(saved, 9) / "actor.optimizer.safetensors")
+    assert cli("checkpoint", "export", "run", "whole").code == 0
+    flip(step_of(saved, 9) / file)
+    outcome = cli("checkpoint", "export", "run", "out")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert f"{file} is damaged" in outcome.line
+    assert not Path("out").exists()
+
+
+def test_export_overwrites_nothing(cli: Cli, saved: Saved) -> None:
+    """An output directory that holds something stays as it is."""
+    before = tree(saved.directory)
+    outcome = cli("checkpoint", "export", "run", "run")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert "is not an empty directory" in outcome.line
+    assert tree(saved.directory) == before
+
+
+def test_prune_removes_all_but_the_newest(cli: Cli, saved: Saved) -> None:
+    """A dry run changes nothing and says what then goes; what is foreign, unfinished, linked or damaged stays."""
+    half = leave_half_written(saved, 1)
+    step_of(saved, 2).mkdir()
+    (step_of(saved, 2) / "manifest.json").write_text("{}")
+    step_of(saved, 4).symlink_to(step_of(saved, 9), target_is_directory=True)
+    before = tree(saved.directory)
+    dry = facts(cli, "prune", "run", "--max-num", "2", "--dry-run")
+    assert tree(saved.directory) == before
+    expected = {"step": 3, "path": "run/checkpoints/step-00000003", "num_bytes": num_bytes(step_of(saved, 3))}
+    assert dry["removed"] == [expected]
+    assert (dry["num_bytes"], dry["is_dry_run"], dry["staying"]) == (expected["num_bytes"], True, [2, 4, 6, 9])
+    real = facts(cli, "prune", "run", "--max-num", "2")
+    assert {**real, "is_dry_run": True} == dry
+    assert tree(saved.directory) == {path: content for path, content in before.items() if "step-00000003" not in path}
+    assert half.is_dir()
+    outcome = cli("checkpoint", "prune", "run", "--max-num=1", "--dry-run")
+    assert "6     " in outcome.out
+    assert "run/checkpoints/step-00000006" in outcome.out
+    assert outcome.out.splitlines()[-1].startswith("1 would be removed, ")
+    assert outcome.out.endswith(" bytes); steps that stay: 2, 4, 9\n")
+    assert cli("checkpoint", "prune", "run", "--max-num=2").out == (
+        "0 removed, 0 B (0 bytes); steps that stay: 2, 4, 6, 9\n"
+    )
+
+
+def test_prune_keeps_what_save_ckpt_keeps(cli: Cli, saved: Saved) -> None:
+    """`--max-num` is the `max_num` of `save_ckpt`."""
+    shutil.copytree(saved.directory, "other")
+    saved.strategy.save_ckpt(saved.actor, "run/checkpoints", step=12)
+    saved.strategy.save_ckpt(saved.actor, "other/checkpoints", step=12, max_num=2)
+    assert cli("checkpoint", "prune", "run", "--max-num", "2").code == 0
+    names = [sorted(path.name for path in Path(run, "checkpoints").iterdir()) for run in ("run", "other")]
+    assert names[0] == names[1] == ["step-00000009", "step-00000012"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "no action is given; use one of list, verify, show, export, prune"),
+        (["verfy", "run"], "action='verfy' is not known; did you mean 'verify'?"),
+        (["list"], "0 directories are given, and list takes 1: lightrft checkpoint list DIR."),
+        (["export", "run"], "1 directories are given, and export takes 2: lightrft checkpoint export DIR OUT."),
+        (["list", "none"], "directory='none' is not a directory; name the directory of a run"),
+        (["list", "empty"], "directory='empty' holds no checkpoint"),
+        (["verify", "empty"], "directory='empty' holds no checkpoint"),
+        (["verify", "foreign"], "directory='foreign' holds no checkpoint"),
+        (["prune", "empty", "--max-num=1"], "directory='empty' holds no checkpoint"),
+        (["show", "run/checkpoints/step-00000003"], "is one checkpoint; name the one above, and --step=3."),
+        (["verify", "run", "--step=7"], "--step=7 is not in 'run/checkpoints'; use a step that is, such as 3, 6, 9."),
+        (["show", "run", "--step=-1"], "--step=-1 is not in"),
+        (["export", "run", "out", "--step=10"], "--step=10 is not in"),
+        (
+            ["export", "run", "out", "--model", "critc"],
+            "--model='critc' is not in run/checkpoints/step-00000009; did you",
+        ),
+        (["prune", "run"], "--max-num is missing"),
+        (["prune", "run", "--max-num=0"], "--max-num=0 would remove the newest checkpoint"),
+        (["prune", "run", "--max-num=1", "--step=3"], "--step says nothing to prune; leave it out, it is for verify"),
+        (["list", "run", "--dry-run"], "--dry-run says nothing to list; leave it out, it is for prune."),
+    ],
+)
+def test_wrong_input_is_one_line(cli: Cli, saved: Saved, argv: list[str], words: str) -> None:
+    """What cannot be meant ends with exit code 2 and one line that says what can, also under `--json`."""
+    Path("empty").mkdir()
+    Path("foreign", "step-00000001").mkdir(parents=True)
+    before = tree(saved.directory)
+    for extra in ([], ["--json"]):
+        outcome = cli("checkpoint", *argv, *extra)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert words in outcome.line
+    assert tree(saved.directory) == before
+    assert not Path("out").exists()
+
+
+def test_a_model_is_asked_for_where_none_is_the_usual_one(cli: Cli, saved: Saved) -> None:
+    """The only model needs no name; among several without an actor one must be named."""
+    saved.strategy.save_ckpt(nn.Linear(1, 1), "one", step=1)
+    saved.strategy.save_ckpt({"a": nn.Linear(1, 1), "b": nn.Linear(1, 1)}, "two", step=1)
+    assert facts(cli, "export", "one", "out")["model"] == "model"
+    outcome = cli("checkpoint", "export", "two", "other")
+    assert outcome.code == 2
+    assert "--model is missing, and two/step-00000001 holds a, b; name one of them." in outcome.line
+
+
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["list", "run"], ["verify", "run"], ["prune", "run", "--max-num=1", "--dry-run"]]
+)
+def test_what_reads_no_tensor_imports_no_torch(saved: Saved, argv: list[str]) -> None:
+    """Listing, verifying and pruning answer without torch."""
+    program = (
+        "import sys; from lightrft.cli import main; code = main(['checkpoint', *sys.argv[1:]]); "
+        "sys.exit('torch was imported' if 'torch' in sys.modules else code)"
+    )
+    done = subprocess.run(  # noqa: S603 (our own interpreter)
+        [sys.executable, "-c", program, *argv],
+        cwd=saved.directory.parent,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
+
+
+def test_the_place_is_that_of_the_loop() -> None:
+    """The command looks where a run writes."""
+    assert checkpoint_dir(CONFIG) == Path(CONFIG.run.dir) / CHECKPOINTS_NAME
