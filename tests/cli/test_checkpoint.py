@@ -221,6 +221,24 @@ def test_a_checkpoint_without_its_manifest_is_damaged(cli: Cli, saved: Saved) ->
         assert "step-00000009/manifest.json cannot be read" in outcome.line
 
 
+@pytest.mark.parametrize("mine", [True, False])
+def test_verify_passes_over_what_a_run_removes_meanwhile(
+    cli: Cli, saved: Saved, monkeypatch: pytest.MonkeyPatch, mine: bool
+) -> None:
+    """A checkpoint that goes while it is read is not damaged, and is said to be gone; a file that goes is damage."""
+
+    def remove_while_reading(path: Path, *args: object, **keywords: object) -> object:
+        if path == step_of(saved, 3) / "client_state.json":
+            shutil.rmtree(path.parent) if mine else path.unlink()
+        return original(path, *args, **keywords)
+
+    original = Path.lstat
+    monkeypatch.setattr(Path, "lstat", remove_while_reading)
+    answer = facts(cli, "verify", str(saved.directory), code=0 if mine else 1)
+    assert answer["removed_meanwhile"] == ([3] if mine else [])
+    assert [row["step"] for row in rows_of(answer)] == ([6, 9] if mine else [3, 6, 9])
+
+
 def test_verify_shows_a_bar_on_a_terminal_alone(saved: Saved) -> None:
     """On a terminal stderr gets a bar in bytes; stdout stays the same, one JSON object."""
     main_end, other_end = os.openpty()

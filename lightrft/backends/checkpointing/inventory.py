@@ -58,11 +58,15 @@ def find_checkpoints(directory: Path) -> list[FoundCheckpoint]:
     Raises:
         CheckpointError: it cannot be read.
     """
+    found: list[FoundCheckpoint] = []
     committed = set(committed_steps(directory))
-    found = [_found(step, path, is_committed=step in committed) for step, path in step_directories(directory)]
-    if directory.exists():
-        unfinished = find_leftovers(directory, STEP_PATTERN)
-        found += [_unfinished(int(name.removeprefix("step-")), path) for path, name in unfinished.items()]
+    for step, path in step_directories(directory):
+        with suppress(FileNotFoundError):  # a run goes on in there, and removes what is old
+            found.append(_found(step, path, is_committed=step in committed))
+    unfinished = find_leftovers(directory, STEP_PATTERN) if directory.exists() else {}
+    for path, name in unfinished.items():
+        with suppress(FileNotFoundError):  # or commits what is new
+            found.append(_unfinished(int(name.removeprefix("step-")), path))
     return sorted(found, key=_by_step)
 
 
@@ -76,7 +80,11 @@ def find_checkpoint(directory: Path, step: int) -> FoundCheckpoint:
     Raises:
         CheckpointError: there is no directory of this step.
     """
-    return _found(step, checkpoint_path(directory, step), is_committed=step in committed_steps(directory))
+    path = checkpoint_path(directory, step)
+    try:
+        return _found(step, path, is_committed=step in committed_steps(directory))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is not there; use a step of {directory}.") from error
 
 
 def read_client_state(directory: Path, manifest: Manifest) -> dict[str, Json]:
@@ -120,7 +128,7 @@ def _found(step: int, path: Path, *, is_committed: bool) -> FoundCheckpoint:
         step=step,
         path=path,
         num_bytes=size_of(path),
-        modified=_modified(path / MANIFEST if is_committed else path),
+        modified=(path / MANIFEST if is_committed else path).stat().st_mtime,
         is_committed=is_committed,
         manifest=manifest,
         problem=problem,
@@ -132,18 +140,11 @@ def _unfinished(step: int, path: Path) -> FoundCheckpoint:
         step=step,
         path=path,
         num_bytes=size_of(path),
-        modified=_modified(path),
+        modified=path.stat().st_mtime,
         is_committed=False,
         manifest=None,
         problem=f"{path} is unfinished: its writer is at work or was killed; the next save removes what was left.",
     )
-
-
-def _modified(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError as error:  # it was renamed or removed meanwhile
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; look again.") from error
 
 
 def _by_step(found: FoundCheckpoint) -> tuple[int, str]:

@@ -35,18 +35,25 @@ def verify(args: argparse.Namespace, paths: Sequence[str]) -> Answer:
     total = sum(_bytes_to_read(path, step) for step, path in places.items())
     with reading_bar("verifying", total) as on_read:
         damage = {step: find_damage(path, step=step, on_read=on_read) for step, path in places.items()}
+    gone = [step for step, found in damage.items() if found and not places[step].is_dir()]
+    for step in gone:  # by a run that goes on meanwhile
+        del places[step], damage[step]
     is_intact = not any(damage.values())
     return Answer(
         facts={
             "directory": str(directory),
             "is_intact": is_intact,
             "num_bytes": total,
+            "removed_meanwhile": [*gone],
             "checkpoints": [
                 {"step": step, "path": str(path), "is_intact": not damage[step], "damaged": {**damage[step]}}
                 for step, path in places.items()
             ],
         },
-        lines=[line for step, found in damage.items() for line in _lines(step, found)],
+        lines=[
+            *(line for step, found in damage.items() for line in _lines(step, found)),
+            *(f"step {step}: removed while it was read" for step in gone),
+        ],
         code=EXIT_OK if is_intact else EXIT_FAILED,
     )
 
