@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -250,7 +251,7 @@ def test_verify_shows_a_bar_on_a_terminal_alone(saved: Saved) -> None:
     os.close(main_end)
     assert (done.returncode, json.loads(done.stdout)["is_intact"]) == (0, True)
     assert "verifying" in shown
-    assert "kB" in shown
+    assert re.search(r"([1-9][0-9.]*)/\1 kB", shown), shown  # it gets to the end
 
 
 def test_show_counts_what_is_there(cli: Cli, saved: Saved) -> None:
@@ -374,7 +375,8 @@ def test_prune_removes_all_but_the_newest(cli: Cli, saved: Saved) -> None:
     half = leave_half_written(saved, 1)
     step_of(saved, 2).mkdir()
     (step_of(saved, 2) / "manifest.json").write_text("{}")
-    step_of(saved, 4).symlink_to(step_of(saved, 9), target_is_directory=True)
+    elsewhere = saved.strategy.save_ckpt(saved.actor, saved.directory / "elsewhere", step=4)
+    step_of(saved, 4).symlink_to(elsewhere, target_is_directory=True)
     before = tree(saved.directory)
     dry = facts(cli, "prune", "run", "--max-num", "2", "--dry-run")
     assert tree(saved.directory) == before
