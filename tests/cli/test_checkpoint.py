@@ -142,6 +142,26 @@ def test_list_has_a_row_for_each_checkpoint(cli: Cli, saved: Saved, directory: s
     assert [(line.split()[0], line.split()[-1]) for line in lines[1:]] == [("3", "yes"), ("6", "yes"), ("9", "yes")]
 
 
+@pytest.mark.parametrize("key", ["fsdp2", "deepspeed"])
+def test_every_strategy_leaves_its_name(cli: Cli, tmp_path: Path, key: str) -> None:
+    """A checkpoint of a sharding backend is listed, verified and exported as one of `single` is."""
+    strategy = get_strategy({"strategy": key, "actor_learning_rate": 1e-2})
+    strategy.setup_distributed()
+    try:
+        actor, _, _, _ = strategy.prepare_models_and_optimizers(nn.Linear(3, 2), None, None, None, None, 2)
+        strategy.save_ckpt(actor, tmp_path, step=1)
+        weights = {name: tensor.clone() for name, tensor in strategy.named_tensors(actor.model)}
+    finally:
+        strategy.teardown()
+    (row,) = rows_of(facts(cli, "list", str(tmp_path)))
+    assert (row["strategy"], row["world_size"], row["is_committed"]) == (key, 1, True)
+    assert facts(cli, "verify", str(tmp_path))["is_intact"] is True
+    facts(cli, "export", str(tmp_path), str(tmp_path / "out"))
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == weights.keys()
+    assert all(torch.equal(written[name], weights[name].cpu()) for name in weights)
+
+
 def test_list_says_what_is_no_checkpoint(cli: Cli, saved: Saved) -> None:
     """A killed writer's directory, a foreign one, a lost and a damaged manifest each have a row that says so."""
     half = leave_half_written(saved, 12)
