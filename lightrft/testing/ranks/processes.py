@@ -6,7 +6,7 @@ Whatever happens in a worker, the caller is told within the timeout, and the nex
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -158,7 +158,7 @@ def _collect(pool: _Pool, timeout: float) -> dict[int, Reply]:
     """Return the replies of workers in the order of their arrival: all, unless a failed one stopped the rest."""
     replies: dict[int, Reply] = {}
     deadline, patience = time.monotonic() + timeout, float("inf")
-    ways = [_close_group, _end_ended]
+    ways: list[Callable[[_Pool, dict[int, Reply]], None]] = []
     while len(replies) < pool.world_size:
         try:
             rank, line = pool.lines.get(timeout=max(0.0, min(deadline, patience) - time.monotonic()))
@@ -176,12 +176,11 @@ def _collect(pool: _Pool, timeout: float) -> dict[int, Reply]:
         if line is None:
             end_workers(pool.workers)  # before anybody asks for its exit code: then its number may be another process's
             raise LawError(f"{exit_words(pool.workers[rank])}\n{_last_calls(pool, replies)}")
-        if not replies:
-            patience = time.monotonic() + _PATIENCE_SECONDS
         replies[rank] = from_json(line, Reply)
+        ways, patience = [_close_group, _end_ended], time.monotonic() + _PATIENCE_SECONDS
         if replies[rank].failure:
             deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
-    if not ways:
+    if any(worker.process.returncode is not None for worker in pool.workers):
         _end(pool)
     return replies
 
@@ -189,8 +188,9 @@ def _collect(pool: _Pool, timeout: float) -> dict[int, Reply]:
 def _close_group(pool: _Pool, replies: dict[int, Reply]) -> None:
     """Let ranks that have ended leave their process group, so that collectives which wait for them fail at once."""
     pool.group += 1
-    for rank in replies:
-        say(pool.workers[rank], CLOSE)
+    for worker in (pool.workers[rank] for rank in replies):
+        if worker.process.returncode is None:
+            say(worker, CLOSE)
 
 
 def _end_ended(pool: _Pool, replies: dict[int, Reply]) -> None:
