@@ -57,6 +57,7 @@ class Manifest:
     Attributes:
         step: its step.
         world_size: ranks of the run that wrote it.
+        metric: how good it is, larger is better; None where its saver did not say.
         files: size and digest of every file but the manifest, by name.
         strategy: key of the strategy that wrote it; None where it has none.
         libraries: versions of what wrote it, by name; `render_manifest` writes those of this process.
@@ -64,6 +65,7 @@ class Manifest:
 
     step: int
     world_size: int
+    metric: float | None = None
     files: Mapping[str, FileRecord]
     strategy: str | None = None
     libraries: Mapping[str, str] = attrs.field(factory=dict[str, str])
@@ -84,6 +86,7 @@ def render_manifest(manifest: Manifest) -> bytes:
             "step": manifest.step,
             "strategy": manifest.strategy,
             "world_size": manifest.world_size,
+            "metric": manifest.metric,
             "libraries": {
                 "lightrft": __version__,
                 "python": platform.python_version(),
@@ -122,6 +125,7 @@ def read_manifest(directory: Path, *, step: int) -> Manifest:
     return Manifest(
         step=step,
         world_size=_whole(content.get("world_size"), path),
+        metric=_metric(content.get("metric"), path),
         files=_files(content, path),
         strategy=None if strategy is None else str(strategy),
         libraries={name: str(version) for name, version in libraries.items()},
@@ -238,4 +242,10 @@ def _files(content: dict[str, Json], path: Path) -> dict[str, FileRecord]:
 def _whole(value: Json, path: Path) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise CheckpointError(f"{path} holds {value!r} where a whole number belongs; load another checkpoint.")
+    return value
+
+
+def _metric(value: Json, path: Path) -> float | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise CheckpointError(f"{path} holds {value!r} where a number belongs; load another checkpoint.")
     return value

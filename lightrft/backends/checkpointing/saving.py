@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -35,7 +37,7 @@ from lightrft.backends.checkpointing.layout import (
 from lightrft.backends.checkpointing.lossless import as_dict, dumps, encode_client_state
 from lightrft.backends.checkpointing.manifest import Manifest, render_manifest
 from lightrft.backends.checkpointing.randomness import capture_streams
-from lightrft.backends.checkpointing.retention import keep_newest
+from lightrft.backends.checkpointing.retention import Retention, retain
 from lightrft.backends.checkpointing.state import EntryState, entry_state
 from lightrft.backends.checkpointing.tensor_files import safetensors_chunks
 from lightrft.backends.world import world_of
@@ -56,7 +58,8 @@ class _Request:
     entries: Sequence[Entry]
     client_state: dict[str, Json]
     step: int | None
-    max_num: int | None
+    metric: float | None
+    retention: Retention
     strategy: str | None
 
 
@@ -78,15 +81,24 @@ def build_save_ckpt(collectives: Collectives, access: StateAccess, *, strategy: 
         step: int | None = None,
         client_state: Mapping[str, Json] | None = None,
         max_num: int | None = None,
+        max_mem: float | None = None,
+        keep_every: int = 0,
+        keep_best: int = 0,
+        metric: float | None = None,
     ) -> Path:
         _require_whole("step", step, at_least=0)
         _require_whole("max_num", max_num, at_least=1)
+        _require_whole("keep_every", keep_every, at_least=0)
+        _require_whole("keep_best", keep_best, at_least=0)
+        _require_real("max_mem", max_mem, at_least=0)
+        _require_real("metric", metric)
         request = _Request(
             directory=Path(save_dir),
             entries=entries_of(model, optimizer, scheduler),
             client_state=encode_client_state({} if client_state is None else client_state),
             step=step,
-            max_num=max_num,
+            metric=None if metric is None else float(metric),
+            retention=Retention(max_num=max_num, max_mem=max_mem, keep_every=keep_every, keep_best=keep_best),
             strategy=strategy,
         )
         return _save(request, world_of(collectives), collectives, access)
@@ -128,22 +140,26 @@ def _save(request: _Request, world: World, collectives: Collectives, access: Sta
         def finish() -> dict[str, Json]:
             if is_first:
                 manifest = Manifest(
-                    step=step, world_size=world.world_size, files=_merge(written), strategy=request.strategy
+                    step=step,
+                    world_size=world.world_size,
+                    metric=request.metric,
+                    files=_merge(written),
+                    strategy=request.strategy,
                 )
                 _finish(request, content, target, manifest)
             return {}
 
         together(collectives, finish)
 
-    def retain() -> dict[str, Json]:
-        if is_first and request.max_num is not None:
+    def remove_old() -> dict[str, Json]:
+        if is_first:
             with disk_errors(
                 "save_dir", request.directory, advice=f"{target} is committed, but older ones cannot be removed"
             ):
-                keep_newest(request.directory, max_num=request.max_num, just_saved=step)
+                retain(request.directory, request.retention, just_saved=step)
         return {}
 
-    together(collectives, retain)
+    together(collectives, remove_old)
     return target
 
 
@@ -196,3 +212,11 @@ def _finish(request: _Request, content: Path, target: Path, manifest: Manifest) 
 def _require_whole(setting: str, value: int | None, *, at_least: int) -> None:
     if value is not None and (type(value) is not int or value < at_least):
         raise ConfigError(f"{setting}={value!r} is not a whole number of at least {at_least}; use one, or None.")
+
+
+def _require_real(setting: str, value: float | None, *, at_least: float = -math.inf) -> None:
+    largest = sys.float_info.max
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (is_real and -largest <= value <= largest and value >= at_least):
+        wanted = "a finite number" if at_least == -math.inf else f"a finite number of at least {at_least}"
+        raise ConfigError(f"{setting}={value!r} is not {wanted}; use one, or None.")

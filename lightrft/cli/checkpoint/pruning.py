@@ -27,12 +27,12 @@ def prune(args: argparse.Namespace, paths: Sequence[str]) -> Answer:
     """
     from lightrft.backends.checkpointing.durable import disk_errors, retire
     from lightrft.backends.checkpointing.inventory import size_of
-    from lightrft.backends.checkpointing.retention import surplus
+    from lightrft.backends.checkpointing.retention import Retention, surplus
 
     max_num = _max_num(args)
     directory = checkpoints_in(paths[0])
     known = known_steps(directory)
-    going = surplus(directory, max_num=max_num)
+    going = surplus(directory, Retention(max_num=max_num))
     sizes = {step: size_of(path) for step, path in going.items()}
     if not args.dry_run:
         for path in going.values():

@@ -77,6 +77,10 @@ class SaveCkpt(Protocol):
         step: int | None = None,
         client_state: Mapping[str, Json] | None = None,
         max_num: int | None = None,
+        max_mem: float | None = None,
+        keep_every: int = 0,
+        keep_best: int = 0,
+        metric: float | None = None,
     ) -> Path:
         """Return the committed directory `save_dir/step-<step>`.
 
@@ -88,6 +92,10 @@ class SaveCkpt(Protocol):
         nothing is removed before its successor is durable, and only directories that carry our manifest are ever
         removed; saving changes no state.
 
+        Old checkpoints are removed when the new one is committed, oldest first, until both limits hold or only those
+        are left that stay in any case: the newest one, the one just saved, and those that `keep_every` and `keep_best`
+        spare. All of these count towards the limits. Rank 0's word counts for all ranks.
+
         Args:
             model: what to save.
             save_dir: directory of all checkpoints of the run.
@@ -95,13 +103,20 @@ class SaveCkpt(Protocol):
             scheduler: schedule of a plain model.
             step: number of the checkpoint; None takes one more than the newest.
             client_state: anything that JSON can hold.
-            max_num: how many newest checkpoints stay, besides the one just saved if it is older; None keeps all.
+            max_num: how many newest checkpoints stay; None sets no limit.
+            max_mem: how many GB (1e9 bytes) of checkpoints stay, in total; None sets no limit.
+            keep_every: checkpoints whose step is a multiple of it stay whatever the limits; 0 spares none.
+            keep_best: so many of the checkpoints with the largest metric stay whatever the limits, of equal ones the
+                newer; 0 spares none.
+            metric: how good this checkpoint is, larger is better; it is kept with the checkpoint. None is unknown, and
+                never among the best.
 
         Raises:
             CheckpointError: the step exists, the files cannot be written, the ranks have different models, or
                 gradients of an open window that were not yet reduced over ranks (`backward` was told
                 `is_boundary=False`).
-            ConfigError: `client_state` holds what JSON cannot; its path is named.
+            ConfigError: `client_state` holds what JSON cannot, and its path is named; or a limit, a rule or the metric
+                is no number of its kind.
         """
         ...
 

@@ -42,6 +42,10 @@ def _checked_save(strategy: Strategy) -> SaveCkpt:
         step: int | None = None,
         client_state: Mapping[str, Json] | None = None,
         max_num: int | None = None,
+        max_mem: float | None = None,
+        keep_every: int = 0,
+        keep_best: int = 0,
+        metric: float | None = None,
     ) -> Path:
         newest, before = strategy.latest_ckpt(save_dir), _state(strategy, model)
         path = inner(
@@ -52,6 +56,10 @@ def _checked_save(strategy: Strategy) -> SaveCkpt:
             step=step,
             client_state=client_state,
             max_num=max_num,
+            max_mem=max_mem,
+            keep_every=keep_every,
+            keep_best=keep_best,
+            metric=metric,
         )
         changed = changed_names(before, _state(strategy, model))
         require(not changed, "save_ckpt", f"{changed} changed by saving")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 import attrs
@@ -14,9 +13,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightrft.errors import StepError
 from lightrft.strategy.config import StrategyConfig
-from lightrft.strategy.protocols.checkpointing import Checkpointable, Json, LoadedCheckpoint
+from lightrft.strategy.protocols.checkpointing import Checkpointable, LoadedCheckpoint
 from lightrft.strategy.protocols.training import StepResult, Trainable
 from lightrft.strategy.record import Strategy
+from lightrft.testing.mutants.checkpoint.calls import SaveCall, broken_save, do_save
 from lightrft.testing.mutants.mutant import Mutant, strategy_mutant
 
 __all__ = ["MUTANTS"]
@@ -36,31 +36,9 @@ def _steps_without_backward(strategy: Strategy, config: StrategyConfig) -> Strat
     return attrs.evolve(strategy, optimizer_step=optimizer_step)
 
 
-def _overwrites(strategy: Strategy, config: StrategyConfig) -> Strategy:
-    del config
-
-    def save_ckpt(
-        model: Checkpointable,
-        save_dir: str | os.PathLike[str],
-        *,
-        optimizer: Optimizer | None = None,
-        scheduler: LRScheduler | None = None,
-        step: int | None = None,
-        client_state: Mapping[str, Json] | None = None,
-        max_num: int | None = None,
-    ) -> Path:
-        shutil.rmtree(Path(save_dir) / f"step-{step or 0:08d}", ignore_errors=True)
-        return strategy.save_ckpt(
-            model,
-            save_dir,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            step=step,
-            client_state=client_state,
-            max_num=max_num,
-        )
-
-    return attrs.evolve(strategy, save_ckpt=save_ckpt)
+def _overwrites(strategy: Strategy, call: SaveCall, /) -> Path:
+    shutil.rmtree(call.save_dir / f"step-{call.step or 0:08d}", ignore_errors=True)
+    return do_save(strategy, call)
 
 
 def _drops_the_window(strategy: Strategy, config: StrategyConfig) -> Strategy:
@@ -103,7 +81,7 @@ def _averages_before_it_checks(strategy: Strategy, config: StrategyConfig) -> St
 
 MUTANTS: tuple[Mutant, ...] = (
     strategy_mutant("life.strategy.empty_step", "A step without a backward is accepted.", _steps_without_backward),
-    strategy_mutant("life.strategy.overwritten", "Saving a step that exists overwrites it.", _overwrites),
+    strategy_mutant("life.strategy.overwritten", "Saving a step that exists overwrites it.", broken_save(_overwrites)),
     strategy_mutant(
         "life.strategy.dropped_window", "Loading drops the gradients of an open window.", _drops_the_window
     ),

@@ -25,6 +25,8 @@ from lightrft.backends.checkpointing.access import ModelState
 from lightrft.backends.checkpointing.canonical import CheckpointFunctions, build_checkpointing
 from lightrft.backends.checkpointing.durable import commit, staging, write_file
 from lightrft.backends.checkpointing.live import build_live_access
+from lightrft.backends.checkpointing.manifest import read_manifest
+from lightrft.backends.checkpointing.retention import Retention, surplus
 from lightrft.backends.collectives.single import build_collectives
 from lightrft.errors import CheckpointError, ConfigError, UnsupportedError
 from lightrft.strategy.config import StrategyConfig
@@ -59,6 +61,14 @@ def test_steps_count_on_and_none_is_saved_twice(tmp_path: Path, checkpointing: C
         ({"step": True}, "step=True is not a whole number"),
         ({"step": 1.0}, "step=1.0 is not a whole number"),
         ({"max_num": 0}, "max_num=0 is not a whole number of at least 1"),
+        ({"keep_every": -1}, "keep_every=-1 is not a whole number of at least 0"),
+        ({"keep_best": True}, "keep_best=True is not a whole number of at least 0"),
+        ({"max_mem": -0.5}, "max_mem=-0.5 is not a finite number of at least 0"),
+        ({"max_mem": float("inf")}, "max_mem=inf is not a finite number"),
+        ({"max_mem": "3"}, "max_mem='3' is not a finite number"),
+        ({"metric": float("nan")}, "metric=nan is not a finite number; use one, or None"),
+        ({"metric": True}, "metric=True is not a finite number"),
+        ({"metric": 10**400}, "metric=10+ is not a finite number"),
         ({"scheduler": object()}, "scheduler is given without its optimizer"),
         ({"client_state": [1]}, r"client_state=\[1\] is not a mapping"),
         (
@@ -208,6 +218,38 @@ def test_retention_never_removes_what_was_just_saved(tmp_path: Path, checkpointi
         checkpointing.save_ckpt(model, tmp_path, step=step)
     checkpointing.save_ckpt(model, tmp_path, step=5, max_num=1)
     assert names(tmp_path) == ["step-00000005", "step-00000011"]
+
+
+def test_a_metric_is_kept_with_the_checkpoint(tmp_path: Path, checkpointing: CheckpointFunctions) -> None:
+    """The manifest holds it bit for bit, as a number, or null where nobody gave one."""
+    for step, metric in enumerate((None, 0.1, -0.0, 5e-324, 3)):
+        path = checkpointing.save_ckpt(nn.Linear(1, 1), tmp_path, step=step, metric=metric)
+        written = json.loads((path / "manifest.json").read_text())["content"]["metric"]
+        assert repr(written) == repr(None if metric is None else float(metric))
+        assert read_manifest(path, step=step).metric == metric
+
+
+def test_retention_by_size_counts_every_byte_to_the_last(tmp_path: Path, checkpointing: CheckpointFunctions) -> None:
+    """Three checkpoints stay where max_mem is their total, and two where it is a byte less; the newest stays anyway."""
+    model = nn.Linear(1, 1)
+    paths = [checkpointing.save_ckpt(model, tmp_path, step=step) for step in range(4)]
+    total = sum(file.stat().st_size for path in paths[1:] for file in path.iterdir())
+    assert list(surplus(tmp_path, Retention(max_mem=total / 1e9))) == [0]
+    assert list(surplus(tmp_path, Retention(max_mem=(total - 1) / 1e9))) == [0, 1]
+    assert list(surplus(tmp_path, Retention(max_mem=0))) == [0, 1, 2]
+    assert list(surplus(tmp_path, Retention(max_mem=0, keep_every=2))) == [1]
+    assert list(surplus(tmp_path, Retention(max_num=1, max_mem=total / 1e9), just_saved=1)) == [0, 2]
+    assert surplus(tmp_path, Retention(keep_best=1)) == surplus(tmp_path / "none", Retention(max_num=1)) == {}
+    assert len(names(tmp_path)) == 4
+
+
+def test_the_best_checkpoints_stay(tmp_path: Path, checkpointing: CheckpointFunctions) -> None:
+    """The largest metric wins, of equal ones the newer; a checkpoint without a metric never does."""
+    for step, metric in enumerate((0.5, 0.75, None, 0.75, -1.0, 0.25)):
+        checkpointing.save_ckpt(nn.Linear(1, 1), tmp_path, step=step, metric=metric, max_num=1, keep_best=1)
+    assert names(tmp_path) == ["step-00000003", "step-00000005"]
+    checkpointing.save_ckpt(nn.Linear(1, 1), tmp_path, step=6, max_num=1, keep_best=5)
+    assert names(tmp_path) == ["step-00000003", "step-00000005", "step-00000006"]
 
 
 def test_only_leftovers_of_dead_writers_are_removed(tmp_path: Path, checkpointing: CheckpointFunctions) -> None:

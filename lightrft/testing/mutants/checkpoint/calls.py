@@ -41,6 +41,10 @@ class SaveCall:
     step: int | None
     client_state: Mapping[str, Json] | None
     max_num: int | None
+    max_mem: float | None
+    keep_every: int
+    keep_best: int
+    metric: float | None
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -99,6 +103,10 @@ def broken_save(wrong: WrongSave) -> BreakStrategy:
             step: int | None = None,
             client_state: Mapping[str, Json] | None = None,
             max_num: int | None = None,
+            max_mem: float | None = None,
+            keep_every: int = 0,
+            keep_best: int = 0,
+            metric: float | None = None,
         ) -> Path:
             call = SaveCall(
                 model=model,
@@ -108,6 +116,10 @@ def broken_save(wrong: WrongSave) -> BreakStrategy:
                 step=step,
                 client_state=client_state,
                 max_num=max_num,
+                max_mem=max_mem,
+                keep_every=keep_every,
+                keep_best=keep_best,
+                metric=metric,
             )
             return wrong(strategy, call)
 
@@ -157,6 +169,10 @@ def do_save(strategy: Strategy, call: SaveCall) -> Path:
         step=call.step,
         client_state=call.client_state,
         max_num=call.max_num,
+        max_mem=call.max_mem,
+        keep_every=call.keep_every,
+        keep_best=call.keep_best,
+        metric=call.metric,
     )
 
 

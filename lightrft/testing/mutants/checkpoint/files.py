@@ -72,6 +72,23 @@ def _keep_one_more(strategy: Strategy, call: SaveCall, /) -> Path:
     return do_save(strategy, attrs.evolve(call, max_num=None if call.max_num is None else call.max_num + 1))
 
 
+def _count_in_gibibytes(strategy: Strategy, call: SaveCall, /) -> Path:
+    max_mem = None if call.max_mem is None else call.max_mem * 2**30 / 1e9
+    return do_save(strategy, attrs.evolve(call, max_mem=max_mem))
+
+
+def _keep_the_worst(strategy: Strategy, call: SaveCall, /) -> Path:
+    return do_save(strategy, attrs.evolve(call, metric=None if call.metric is None else -call.metric))
+
+
+def _keep_no_multiple(strategy: Strategy, call: SaveCall, /) -> Path:
+    return do_save(strategy, attrs.evolve(call, keep_every=0))
+
+
+def _take_zero_for_unknown(strategy: Strategy, call: SaveCall, /) -> Path:
+    return do_save(strategy, attrs.evolve(call, metric=call.metric or None))
+
+
 def _save_in_place(strategy: Strategy, call: SaveCall, /) -> Path:
     path = do_save(strategy, call)
     aside = path.with_name(f"{path.name}.aside")
@@ -178,6 +195,26 @@ MUTANTS: tuple[Mutant, ...] = (
         "checkpoint.retention.rotation_off_by_one",
         "One checkpoint more than max_num stays.",
         broken_save(_keep_one_more),
+    ),
+    strategy_mutant(
+        "checkpoint.retention.gibibytes",
+        "A GB of max_mem is 2**30 bytes.",
+        broken_save(_count_in_gibibytes),
+    ),
+    strategy_mutant(
+        "checkpoint.retention.worst",
+        "The checkpoints with the smallest metric are taken for the best.",
+        broken_save(_keep_the_worst),
+    ),
+    strategy_mutant(
+        "checkpoint.retention.no_multiple",
+        "Multiples of keep_every are removed like all others.",
+        broken_save(_keep_no_multiple),
+    ),
+    strategy_mutant(
+        "checkpoint.retention.zero_metric",
+        "A metric of zero is taken for none.",
+        broken_save(_take_zero_for_unknown),
     ),
     strategy_mutant(
         "checkpoint.killed.in_place",
