@@ -30,9 +30,9 @@ def build_dispensable(shown: Tracker) -> Tracker:
                 f"warning: standard output cannot be written ({error.strerror}); the run goes on without progress."
             )
 
-    def resume(step: int) -> None:
+    def resume(step: int, *, is_evaluated: bool = True) -> None:
         with unless_unwritable():
-            shown.resume(step)
+            shown.resume(step, is_evaluated=is_evaluated)
 
     def log(channel: Channel, row: Mapping[str, Json]) -> None:
         with unless_unwritable():

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +33,14 @@ if TYPE_CHECKING:
 
 __all__ = ["COMMAND"]
 
+_SHORT_FORMS: Mapping[str, str] = {
+    "--strategy": "strategy.strategy",
+    "--engine": "engine.type",
+    "--save-every": "checkpoint.save_every",
+    "--save-minutes": "checkpoint.save_minutes",
+}
+"""Options that stand for a setting."""
+
 
 @attrs.frozen(kw_only=True)
 class _Options:
@@ -56,6 +64,8 @@ class _Options:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strategy", metavar="KEY", help="the same as strategy.strategy=KEY")
     parser.add_argument("--engine", metavar="KEY", help="the same as engine.type=KEY")
+    parser.add_argument("--save-every", metavar="N", type=int, help="the same as checkpoint.save_every=N")
+    parser.add_argument("--save-minutes", metavar="M", type=float, help="the same as checkpoint.save_minutes=M")
     parser.add_argument(
         "--nproc", metavar="N", type=int, default=1, help="start N processes of this machine, one a rank"
     )
@@ -122,9 +132,15 @@ def _run_ranks(config: Config, options: _Options, args: argparse.Namespace, shou
     return run_ranks(args.nproc, ["train", *options.words, *flags], should_stop)
 
 
+def _short(args: argparse.Namespace) -> list[tuple[str, object]]:
+    """Return the short forms that were given."""
+    values = vars(args)
+    given = [(option, values[option.removeprefix("--").replace("-", "_")]) for option in _SHORT_FORMS]
+    return [(option, value) for option, value in given if value is not None]
+
+
 def _options(args: argparse.Namespace, words: Sequence[str]) -> _Options:
-    given = {"strategy.strategy": args.strategy, "engine.type": args.engine}
-    flags = [f"{name}={json.dumps(key, ensure_ascii=False)}" for name, key in given.items() if key is not None]
+    flags = [f"{_SHORT_FORMS[option]}={json.dumps(value, ensure_ascii=False)}" for option, value in _short(args)]
     paths = [word for word in words if "=" not in word]
     if len(paths) > 1:
         raise ConfigError(f"config={paths[1]!r} is a second configuration file; name one, and settings as key=value.")
@@ -146,8 +162,7 @@ def _without_secret(word: str) -> str:
 
 
 def _again(args: argparse.Namespace) -> list[str]:
-    given = {"--strategy": args.strategy, "--engine": args.engine}
-    keys = [word for option, key in given.items() if key is not None for word in (option, key)]
+    keys = [word for option, value in _short(args) for word in (option, str(value))]
     nproc = [] if args.nproc == 1 else ["--nproc", str(args.nproc)]
     return [*keys, *nproc, *(["--checked"] if args.checked else [])]
 

@@ -39,7 +39,10 @@ def to_toml(config: attrs.AttrsInstance) -> str:
         >>> from lightrft.config import CheckpointConfig
         >>> print(to_toml(CheckpointConfig(max_num=3)), end="")
         save_every = 50
+        save_minutes = 0.0
         max_num = 3
+        keep_every = 0
+        keep_best = 0
     """
     text = "\n".join(_lines(config, ())).strip("\n") + "\n"
     try:

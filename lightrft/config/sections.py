@@ -211,15 +211,27 @@ class ModelConfig:
 
 @attrs.frozen(kw_only=True)
 class CheckpointConfig:
-    """When checkpoints are written and how many stay.
+    """When checkpoints are written and which ones stay.
+
+    A checkpoint is written when any of these settings asks for one, at the end of either phase, and at a stop. The
+    newest one stays in any case.
 
     Attributes:
-        save_every: steps between checkpoints; 0 writes one at the end alone.
+        save_every: steps between checkpoints; 0 is off.
+        save_minutes: minutes after the last checkpoint until the end of a step writes one, too; 0 is off.
         max_num: newest checkpoints that stay.
+        max_mem: GB (1e9 bytes) of checkpoints that stay, in total; None sets no limit.
+        keep_every: every checkpoint whose step is a multiple of it is written, and stays whatever the limits; 0 is off.
+        keep_best: so many checkpoints with the largest held-out accuracy stay whatever the limits, of equal ones the
+            newer; each evaluated step is written then. 0 is off.
     """
 
     save_every: int = attrs.field(default=50, validator=at_least(0, whole=True))
+    save_minutes: float = attrs.field(default=0.0, converter=real, validator=at_least(0))
     max_num: int = attrs.field(default=2, validator=at_least(1, whole=True))
+    max_mem: float | None = attrs.field(default=None, converter=real_or_none, validator=optional(at_least(0)))
+    keep_every: int = attrs.field(default=0, validator=at_least(0, whole=True))
+    keep_best: int = attrs.field(default=0, validator=at_least(0, whole=True))
 
 
 @attrs.frozen(kw_only=True)

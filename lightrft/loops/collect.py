@@ -6,6 +6,7 @@ Shapes: B completions of the rollout, those of a problem adjacent.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import attrs
 import torch
@@ -25,7 +26,15 @@ from lightrft.rewards.resolve import Reward, score
 from lightrft.strategy.protocols.collectives import Collectives
 from lightrft.strategy.protocols.rollout import Completion, EngineHandle, Prompt, SamplingParams, Tokenizer
 
-__all__ = ["Scored", "collect", "sampling_params", "shape_rewards"]
+__all__ = ["BetweenBatches", "Scored", "collect", "go_on", "sampling_params", "shape_rewards"]
+
+
+class BetweenBatches(Protocol):
+    """Takes its turn between two batches of a rollout."""
+
+    def __call__(self) -> None:
+        """Return to go on, and raise to end the rollout."""
+        ...
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -66,6 +75,10 @@ def sampling_params(config: EngineConfig, tokenizer: Tokenizer, *, num_samples: 
     )
 
 
+def go_on() -> None:
+    """Do nothing: a rollout that nobody interrupts."""
+
+
 def collect(
     rollout: RolloutOnRanks,
     engine: EngineHandle,
@@ -74,6 +87,8 @@ def collect(
     tokenizer: Tokenizer,
     reward: Reward,
     sampling: SamplingParams,
+    batch_size: int | None = None,
+    between_batches: BetweenBatches = go_on,
 ) -> Scored:
     """Return `sampling.n` scored completions of each problem, problem by problem.
 
@@ -86,16 +101,23 @@ def collect(
         tokenizer: between text and tokens.
         reward: scores the texts.
         sampling: how tokens are drawn.
+        batch_size: completions that a rank is asked for at once; None asks for all. Draws do not depend on it.
+        between_batches: called on all ranks between two batches, before anything is scored.
 
     Raises:
         DataError: a question does not fit into the model's context or vocabulary.
         RewardError: the reward raised or returned no finite number.
     """
     prompts = [Prompt(token_ids=tuple(encode_text(tokenizer, p.question, where=p.question))) for p in problems]
-    parts = shares(len(problems), num_ranks(rollout))
-    mine = parts[rollout.get_rank()]
-    completions = rollout.gather_and_generate(engine, [prompts[index] for index in mine], sampling)
-    asked = [problems[index] for index in mine for _ in range(sampling.n)]
+    order = _order(len(problems), num_ranks(rollout), batch_size and max(1, batch_size // sampling.n))
+    completions: list[Completion] = []
+    for batch in order:
+        if batch is not order[0]:
+            between_batches()
+        mine = [prompts[index] for index in batch[rollout.get_rank()]]
+        numbered = attrs.evolve(sampling, first_prompt=sampling.first_prompt + batch[0].start)
+        completions += rollout.gather_and_generate(engine, mine, numbered)
+    asked = [problems[index] for batch in order for index in batch[rollout.get_rank()] for _ in range(sampling.n)]
     texts = [_text(tokenizer, completion, sampling) for completion in completions]
     rewards = score(reward, [p.question for p in asked], texts, [p.answer for p in asked])
     scored = Scored(
@@ -104,7 +126,10 @@ def collect(
         texts=tuple(texts),
         rewards_B=torch.tensor(rewards, dtype=torch.float32),
     )
-    return scored if len(parts) == 1 else _gathered(rollout, scored, problems, prompts, sampling.n)
+    if len(order[0]) == 1:
+        return scored
+    gathered = [index for parts in zip(*order, strict=True) for part in parts for index in part]
+    return _in_order(_gathered(rollout, scored, problems, prompts, gathered, sampling.n), gathered, sampling.n)
 
 
 def shape_rewards(
@@ -136,10 +161,37 @@ def shape_rewards(
     return rewards_B, statistics
 
 
+def _order(num_problems: int, num_ranks: int, num_each: int | None) -> list[list[range]]:
+    """Return the problems of each batch, rank by rank; a rank has at most so many of a batch, and None is no limit."""
+    step = max(1, num_problems if num_each is None else num_each * num_ranks)
+    starts = range(0, max(1, num_problems), step)  # no problems are one batch of none
+    return [
+        [range(start + part.start, start + part.stop) for part in shares(min(step, num_problems - start), num_ranks)]
+        for start in starts
+    ]
+
+
+def _in_order(scored: Scored, gathered: Sequence[int], num_samples: int) -> Scored:
+    """Return completions of problems in another order in that of the problems' numbers."""
+    place = {problem: index for index, problem in enumerate(gathered)}
+    rows = [place[problem] * num_samples + sample for problem in sorted(place) for sample in range(num_samples)]
+    return Scored(
+        problems=tuple(scored.problems[row] for row in rows),
+        completions=tuple(scored.completions[row] for row in rows),
+        texts=tuple(scored.texts[row] for row in rows),
+        rewards_B=scored.rewards_B[rows],
+    )
+
+
 def _gathered(
-    collectives: Collectives, scored: Scored, problems: Sequence[Problem], prompts: Sequence[Prompt], num_samples: int
+    collectives: Collectives,
+    scored: Scored,
+    problems: Sequence[Problem],
+    prompts: Sequence[Prompt],
+    order: Sequence[int],
+    num_samples: int,
 ) -> Scored:
-    """Return the completions of all ranks."""
+    """Return the completions of all ranks, whose problems have these numbers."""
     mine = scored.completions
     every = collectives.all_gather(
         {
@@ -161,7 +213,7 @@ def _gathered(
     )
     completions = [
         Completion(
-            prompt_ids=prompts[index // num_samples].token_ids,
+            prompt_ids=prompts[order[index // num_samples]].token_ids,
             token_ids=token_ids,
             logprobs=logprobs,
             finish_reason="stop" if is_stopped else "length",
@@ -171,7 +223,7 @@ def _gathered(
         for index, (token_ids, logprobs, is_stopped, weight_version) in enumerate(columns)
     ]
     return Scored(
-        problems=tuple(problem for problem in problems for _ in range(num_samples)),
+        problems=tuple(problems[index] for index in order for _ in range(num_samples)),
         completions=tuple(completions),
         texts=tuple(gather_texts(collectives, scored.texts)),
         rewards_B=every["rewards"],

@@ -8,7 +8,7 @@ import attrs
 
 from lightrft.config.sections import EngineConfig
 from lightrft.data.prompts import Problem
-from lightrft.loops.collect import Scored, collect, sampling_params
+from lightrft.loops.collect import BetweenBatches, Scored, collect, go_on, sampling_params
 from lightrft.loops.ranks import RolloutOnRanks
 from lightrft.rewards.resolve import Reward
 from lightrft.strategy.protocols.rollout import EngineHandle, Tokenizer
@@ -42,6 +42,7 @@ def evaluate(
     tokenizer: Tokenizer,
     reward: Reward,
     config: EngineConfig,
+    between_batches: BetweenBatches = go_on,
 ) -> Evaluation:
     """Return how one greedy completion of each problem scores.
 
@@ -51,11 +52,21 @@ def evaluate(
         problems: held-out problems, at least one; the same on all ranks, each of which takes a share.
         tokenizer: between text and tokens.
         reward: scores the texts.
-        config: bounds of a completion; its temperature plays no part.
+        config: bounds of a completion and of a batch; its temperature plays no part.
+        between_batches: called on all ranks between two batches.
     """
     greedy = attrs.evolve(config, temperature=0.0, top_p=1.0, top_k=0)
     sampling = sampling_params(greedy, tokenizer, num_samples=1, seed=0)
-    scored = collect(rollout, engine, problems, tokenizer=tokenizer, reward=reward, sampling=sampling)
+    scored = collect(
+        rollout,
+        engine,
+        problems,
+        tokenizer=tokenizer,
+        reward=reward,
+        sampling=sampling,
+        batch_size=config.batch_size,
+        between_batches=between_batches,
+    )
     return Evaluation(
         accuracy=(scored.rewards_B >= SOLVED).float().mean().item(),
         reward=scored.rewards_B.mean().item(),

@@ -18,7 +18,7 @@ from lightrft.data.sampler import ResumableSampler
 from lightrft.loops.collect import Scored, collect, sampling_params, shape_rewards
 from lightrft.loops.evaluate import evaluate
 from lightrft.loops.learn import Learned, learn
-from lightrft.loops.run import Run, build_actor, resume_from, row_of
+from lightrft.loops.run import Run, build_actor, resume_from, row_of, stop_if_asked
 from lightrft.loops.state import RunState
 from lightrft.strategy.protocols.training import Trainable
 
@@ -91,12 +91,15 @@ def start_learner(run: Run, *, resume: bool) -> tuple[Learner, RunState]:
 
 
 def reinforce(run: Run, learner: Learner, state: RunState) -> RunState:
-    """Take one step: collect, learn, sync, log, and evaluate when it is due; return where the run is then.
+    """Take one step: collect, learn, sync, log; return where the run is then.
 
     Args:
         run: the run.
         learner: changed in place.
         state: where the run is.
+
+    Raises:
+        InterruptedRunError: the run was asked to stop in the rollout; the checkpoint of the step before is written.
     """
     config, strategy = run.config, run.strategy
     started = time.perf_counter()
@@ -126,10 +129,7 @@ def reinforce(run: Run, learner: Learner, state: RunState) -> RunState:
         "tokens_per_second": num_tokens / (synced - started),
     }
     run.tracker.log("timings", row_of(state, "step", timings))
-    is_last = state.step == config.run.warmup_steps + config.run.num_steps
-    done = state.step - config.run.warmup_steps
-    is_due = config.run.evaluate_every and done % config.run.evaluate_every == 0
-    return evaluate_and_log(run, learner, state) if is_last or is_due else state
+    return state
 
 
 def evaluate_and_log(run: Run, learner: Learner, state: RunState) -> RunState:
@@ -139,7 +139,14 @@ def evaluate_and_log(run: Run, learner: Learner, state: RunState) -> RunState:
         run: the run.
         learner: its engine is woken.
         state: where the run is.
+
+    Raises:
+        InterruptedRunError: the run was asked to stop; its checkpoint, before the evaluation, is written.
     """
+
+    def between_batches() -> None:
+        stop_if_asked(run, state_of(learner), state)
+
     run.strategy.wakeup_inference_engine(learner.engine)
     result = evaluate(
         run.strategy,
@@ -148,6 +155,7 @@ def evaluate_and_log(run: Run, learner: Learner, state: RunState) -> RunState:
         tokenizer=run.parts.tokenizer,
         reward=run.parts.reward,
         config=run.config.engine,
+        between_batches=between_batches,
     )
     values: dict[str, Json] = {"accuracy": result.accuracy, "reward": result.reward}
     run.tracker.log("metrics", row_of(state, "evaluation", values))
@@ -160,7 +168,9 @@ def evaluate_and_log(run: Run, learner: Learner, state: RunState) -> RunState:
             "reward": reward,
         }
         run.tracker.log("samples", row_of(state, "evaluation", sample))
-    return attrs.evolve(state, accuracy=result.accuracy)
+    is_first = state.step == run.config.run.warmup_steps
+    before = result.accuracy if is_first else state.accuracy_before
+    return attrs.evolve(state, accuracy_before=before, accuracy=result.accuracy, evaluated=state.step)
 
 
 def _named(actor: Trainable, reference: nn.Module | None) -> dict[str, nn.Module | Trainable]:
@@ -169,6 +179,10 @@ def _named(actor: Trainable, reference: nn.Module | None) -> dict[str, nn.Module
 
 def _collect(run: Run, learner: Learner, state: RunState) -> Scored:
     config, parts = run.config, run.parts
+
+    def between_batches() -> None:
+        stop_if_asked(run, state_of(learner), state)
+
     indices = learner.sampler.take(config.algorithm.prompts_per_step)
     sampling = sampling_params(
         config.engine,
@@ -183,6 +197,8 @@ def _collect(run: Run, learner: Learner, state: RunState) -> Scored:
         tokenizer=parts.tokenizer,
         reward=parts.reward,
         sampling=sampling,
+        batch_size=config.engine.batch_size,
+        between_batches=between_batches,
     )
 
 

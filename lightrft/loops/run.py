@@ -22,9 +22,34 @@ from lightrft.tracking.tracker import Tracker
 if TYPE_CHECKING:
     from torch import nn
 
+    from lightrft.config.sections import RunConfig
     from lightrft.strategy.protocols.checkpointing import Json
+    from lightrft.tracking.progress import Clock
 
-__all__ = ["Run", "build_actor", "checkpoint_dir", "end_step", "resume_from", "row_of"]
+__all__ = [
+    "LastSave",
+    "Run",
+    "build_actor",
+    "checkpoint_dir",
+    "end_step",
+    "is_evaluation_due",
+    "resume_from",
+    "row_of",
+    "stop_if_asked",
+]
+
+
+@attrs.define(kw_only=True, eq=False)
+class LastSave:
+    """The newest checkpoint of a run: a handle, which each one changes.
+
+    Attributes:
+        step: its step; None before the first.
+        seconds: when it was written or, before the first, when the run began, by the run's clock.
+    """
+
+    step: int | None
+    seconds: float
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -36,7 +61,9 @@ class Run:
         config: the run.
         parts: model, problems and reward.
         tracker: where rows of metrics go; only rank 0 has one that keeps them.
-        should_stop: asked at each step boundary.
+        should_stop: asked at each step boundary, and between the batches of a rollout.
+        clock: never goes back.
+        last_save: the newest checkpoint.
     """
 
     strategy: StrategyProtocol
@@ -44,6 +71,8 @@ class Run:
     parts: Parts
     tracker: Tracker
     should_stop: ShouldStop
+    clock: Clock
+    last_save: LastSave
 
 
 def checkpoint_dir(config: Config) -> Path:
@@ -97,25 +126,82 @@ def end_step(run: Run, state_of: Mapping[str, nn.Module | Trainable], state: Run
     Raises:
         InterruptedRunError: the run was asked to stop; its checkpoint is written.
     """
-    config = run.config
+    stop_if_asked(run, state_of, state)
+    if _is_due(run, state):
+        _save(run, state_of, state)
+    return state
+
+
+def stop_if_asked(run: Run, state_of: Mapping[str, nn.Module | Trainable], state: RunState) -> None:
+    """Write a checkpoint and stop if any rank was asked to; all ranks call it together.
+
+    Between two batches of a rollout, too: nothing has been learnt from it, so where the run was before it, is where the
+    run is, and whoever goes on from there makes the same rollout.
+
+    Args:
+        run: the run.
+        state_of: what a checkpoint holds, by name.
+        state: where the run is.
+
+    Raises:
+        InterruptedRunError: the run was asked to stop; its checkpoint is written.
+    """
     asked = run.should_stop()
     stop = next(iter(gather_texts(run.strategy, [asked] if asked else [])), None)
-    is_last = state.step in {config.run.warmup_steps, config.run.warmup_steps + config.run.num_steps}
-    every = config.checkpoint.save_every
-    if stop or is_last or (every and state.step % every == 0):
-        run.strategy.save_ckpt(
-            state_of,
-            checkpoint_dir(config),
-            step=state.step,
-            client_state=state_to_json(state),
-            max_num=config.checkpoint.max_num,
-        )
-    if stop:
-        raise InterruptedRunError(
-            f"{stop}: stopped after step {state.step} with a checkpoint in {checkpoint_dir(config)}; "
-            "run the same command to go on."
-        )
-    return state
+    if stop is None:
+        return
+    _save(run, state_of, state)
+    raise InterruptedRunError(
+        f"{stop}: stopped after step {state.step} with a checkpoint in {checkpoint_dir(run.config)}; "
+        "run the same command to go on."
+    )
+
+
+def is_evaluation_due(config: RunConfig, state: RunState) -> bool:
+    """Return whether the model has to be evaluated where the run is: it is the time, and was not done.
+
+    Args:
+        config: how long the run is, and how often it evaluates.
+        state: where the run is, in reinforcement.
+    """
+    done = state.step - config.warmup_steps
+    is_end = done in {0, config.num_steps}
+    is_time = is_end or (config.evaluate_every > 0 and done % config.evaluate_every == 0)
+    return is_time and state.evaluated != state.step
+
+
+def _is_due(run: Run, state: RunState) -> bool:
+    config = run.config.checkpoint
+    is_last = state.step in {run.config.run.warmup_steps, run.config.run.warmup_steps + run.config.run.num_steps}
+    is_multiple = any(every and state.step % every == 0 for every in (config.save_every, config.keep_every))
+    is_rated = config.keep_best > 0 and state.evaluated == state.step
+    return is_last or is_multiple or is_rated or _is_time(run)
+
+
+def _is_time(run: Run) -> bool:
+    if not run.config.checkpoint.save_minutes:
+        return False
+    minutes = (run.clock() - run.last_save.seconds) / 60
+    # clocks of ranks differ by what they have waited for one another, so that of rank 0 counts
+    return run.strategy.broadcast(minutes >= run.config.checkpoint.save_minutes)
+
+
+def _save(run: Run, state_of: Mapping[str, nn.Module | Trainable], state: RunState) -> None:
+    if run.last_save.step == state.step:
+        return
+    config = run.config.checkpoint
+    run.strategy.save_ckpt(
+        state_of,
+        checkpoint_dir(run.config),
+        step=state.step,
+        client_state=state_to_json(state),
+        max_num=config.max_num,
+        max_mem=config.max_mem,
+        keep_every=config.keep_every,
+        keep_best=config.keep_best,
+        metric=state.accuracy if state.evaluated == state.step else None,
+    )
+    run.last_save.step, run.last_save.seconds = state.step, run.clock()
 
 
 def row_of(state: RunState, kind: str, values: Mapping[str, Json]) -> dict[str, Json]:

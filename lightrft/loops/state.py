@@ -23,6 +23,7 @@ class RunState:
         rewards: running statistics of the rewards.
         accuracy_before: held-out accuracy before reinforcement; None until it was measured.
         accuracy: the newest held-out accuracy.
+        evaluated: the step that it was measured after; None before the first.
     """
 
     step: int = 0
@@ -30,6 +31,7 @@ class RunState:
     rewards: RunningStatistics = attrs.field(factory=RunningStatistics)
     accuracy_before: float | None = None
     accuracy: float | None = None
+    evaluated: int | None = None
 
 
 def state_to_json(state: RunState) -> dict[str, Json]:

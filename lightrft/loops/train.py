@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import attrs
 
@@ -12,11 +14,15 @@ from lightrft.loops.checks import check_settings, check_world
 from lightrft.loops.interrupt import ShouldStop, never_stop
 from lightrft.loops.parts import Parts
 from lightrft.loops.reinforce import Learner, evaluate_and_log, reinforce, start_learner, state_of
-from lightrft.loops.run import Run, checkpoint_dir, end_step
+from lightrft.loops.run import LastSave, Run, checkpoint_dir, end_step, is_evaluation_due
+from lightrft.loops.state import RunState
 from lightrft.loops.warmup import warm_up
 from lightrft.models.forward import check_head
 from lightrft.strategy.protocols.strategy import StrategyProtocol
 from lightrft.tracking.tracker import Tracker, no_tracker
+
+if TYPE_CHECKING:
+    from lightrft.tracking.progress import Clock
 
 __all__ = ["Summary", "train"]
 
@@ -43,6 +49,7 @@ def train(
     *,
     tracker: Tracker | None = None,
     should_stop: ShouldStop = never_stop,
+    clock: Clock = time.monotonic,
 ) -> Summary:
     """Run a configuration to its end, from its newest checkpoint if it has one.
 
@@ -53,7 +60,9 @@ def train(
         config: the run.
         parts: model, problems and reward that `config` names; the model is changed in place.
         tracker: where rank 0's rows of metrics go, which are about all ranks; None keeps none.
-        should_stop: asked at each step boundary; all ranks stop if one is asked to.
+        should_stop: asked at each step boundary, and between the batches of rollouts and evaluations; all ranks stop if
+            one is asked to.
+        clock: tells when a checkpoint is due by time; it never goes back.
 
     Raises:
         ConfigError: settings that do not fit together, or the number of ranks.
@@ -66,19 +75,27 @@ def train(
     world = strategy.setup_distributed()
     check_world(config, world.world_size)
     kept = tracker if tracker is not None and world.rank == 0 else no_tracker()
-    run = Run(strategy=strategy, config=config, parts=parts, tracker=kept, should_stop=should_stop)
     done = strategy.latest_ckpt(checkpoint_dir(config))
+    run = Run(
+        strategy=strategy,
+        config=config,
+        parts=parts,
+        tracker=kept,
+        should_stop=should_stop,
+        clock=clock,
+        last_save=LastSave(step=done, seconds=clock()),
+    )
     warmup_steps = config.run.warmup_steps
     run.tracker.resume(-1 if done is None else done)
     if warmup_steps and (done is None or done < warmup_steps):
         warm_up(run, resume=done is not None)
     learner, state = start_learner(run, resume=done is not None and done >= warmup_steps)
     with learner.engine:
-        if state.accuracy_before is None:
-            state = evaluate_and_log(run, learner, state)
-            state = end_step(run, state_of(learner), attrs.evolve(state, accuracy_before=state.accuracy))
+        if is_evaluation_due(config.run, state):  # it was stopped in it, and may have gone through it since
+            run.tracker.resume(state.step, is_evaluated=False)
+        state = _end(run, learner, state)
         while state.step < warmup_steps + config.run.num_steps:
-            state = end_step(run, state_of(learner), reinforce(run, learner, state))
+            state = _end(run, learner, reinforce(run, learner, state))
     _export(run, learner)
     return Summary(step=state.step, accuracy_before=state.accuracy_before or 0.0, accuracy_after=state.accuracy or 0.0)
 
@@ -90,6 +107,12 @@ def _check_parts(strategy: StrategyProtocol, config: Config, parts: Parts) -> No
             f"use {len(parts.train)} or less."
         )
     check_head(strategy.unwrap_model(parts.model))
+
+
+def _end(run: Run, learner: Learner, state: RunState) -> RunState:
+    if is_evaluation_due(run.config.run, state):
+        state = evaluate_and_log(run, learner, state)
+    return end_step(run, state_of(learner), state)
 
 
 def _export(run: Run, learner: Learner) -> None:

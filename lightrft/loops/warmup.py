@@ -20,7 +20,7 @@ from lightrft.data.sampler import ResumableSampler
 from lightrft.errors import DataError
 from lightrft.loops.evaluate import evaluate
 from lightrft.loops.ranks import TrainingOnRanks, num_ranks, shares
-from lightrft.loops.run import Run, build_actor, end_step, resume_from, row_of
+from lightrft.loops.run import Run, build_actor, end_step, resume_from, row_of, stop_if_asked
 from lightrft.loops.state import RunState
 from lightrft.models.forward import HeadFunction, call_with_head
 from lightrft.models.tokenizer import encode_text
@@ -62,7 +62,7 @@ def warm_up(run: Run, *, resume: bool) -> None:
     examples = answers_as_completions(parts.train[: settings.warmup_size or None], parts.tokenizer)
     sampler = ResumableSampler(size=len(examples), seed=run.config.strategy.seed)
     state = resume_from(run, {"actor": actor}, sampler) if resume else RunState()
-    while state.step < settings.warmup_steps:
+    while state.step < settings.warmup_steps and not _is_warm(run, actor, state):
         started = time.perf_counter()
         batch = [examples[index] for index in sampler.take(settings.warmup_batch_size)]
         result, loss = imitate(run.strategy, actor, batch, micro_batch_size=settings.warmup_batch_size)
@@ -75,8 +75,6 @@ def warm_up(run: Run, *, resume: bool) -> None:
         }
         run.tracker.log("metrics", row_of(state, "warmup", values))
         run.tracker.log("timings", row_of(state, "warmup", {"seconds": time.perf_counter() - started}))
-        if settings.warmup_until and state.step % _CHECK_EVERY == 0 and _is_warm(run, actor):
-            break
         if state.step < settings.warmup_steps:
             end_step(run, {"actor": actor}, state)
     _bring_back(run.strategy.named_tensors, actor.model, parts.model)
@@ -89,9 +87,15 @@ def _bring_back(named_tensors: NamedTensors, trained: nn.Module, plain: nn.Modul
         weights[name].copy_(tensor)
 
 
-def _is_warm(run: Run, actor: Trainable) -> bool:
+def _is_warm(run: Run, actor: Trainable, state: RunState) -> bool:
     """Return whether greedy completions of the last training problems solve the share that ends the warm-up."""
-    parts, config = run.parts, run.config.engine
+    parts, config, share = run.parts, run.config.engine, run.config.run.warmup_until
+    if not share or not state.step or state.step % _CHECK_EVERY:
+        return False
+
+    def between_batches() -> None:
+        stop_if_asked(run, {"actor": actor}, state)
+
     with run.strategy.setup_inference_engine(config, actor=actor.model, tokenizer=parts.tokenizer) as engine:
         result = evaluate(
             run.strategy,
@@ -100,8 +104,9 @@ def _is_warm(run: Run, actor: Trainable) -> bool:
             tokenizer=parts.tokenizer,
             reward=parts.reward,
             config=config,
+            between_batches=between_batches,
         )
-    return result.accuracy >= run.config.run.warmup_until
+    return result.accuracy >= share
 
 
 def answers_as_completions(problems: Sequence[Problem], tokenizer: Tokenizer) -> list[Completion]:

@@ -34,12 +34,15 @@ def build_file_tracker(run_dir: str | os.PathLike[str]) -> Tracker:
         run_dir: made if it does not exist.
     """
 
-    def resume(step: int) -> None:
+    def resume(step: int, *, is_evaluated: bool = True) -> None:
+        def stays(row: Mapping[str, Json]) -> bool:
+            return _step(row) < step or (_step(row) == step and (is_evaluated or row.get("kind") != "evaluation"))
+
         Path(run_dir).mkdir(parents=True, exist_ok=True)
         for channel in CHANNELS:
             path = channel_path(run_dir, channel)
             if path.exists():
-                _rewrite(path, [row for row in read_rows(path) if _step(row) <= step])
+                _rewrite(path, list(filter(stays, read_rows(path))))
 
     def log(channel: Channel, row: Mapping[str, Json]) -> None:
         path = channel_path(run_dir, channel)

@@ -99,7 +99,7 @@ def _build_lines(total: int, file: IO[str], every_seconds: float, clock: Clock) 
         file.write(f"step {step}/{total}  {text}\n")
         file.flush()
 
-    def resume(step: int) -> None:
+    def resume(step: int, *, is_evaluated: bool = True) -> None:
         """Do nothing: lines that were written stay."""
 
     def log(channel: Channel, row: Mapping[str, Json]) -> None:
@@ -137,7 +137,8 @@ def _build_bar(warmup_steps: int, num_steps: int, console: Console) -> Tracker:
         progress.update(warmup, completed=max(0, min(step, warmup_steps)))
         progress.update(reinforcement, completed=max(0, step - warmup_steps))
 
-    def resume(step: int) -> None:
+    def resume(step: int, *, is_evaluated: bool = True) -> None:
+        del is_evaluated
         move(step)
         live.start()
 

@@ -21,11 +21,12 @@ CHANNELS: tuple[Channel, ...] = ("metrics", "timings", "samples")
 class Resume(Protocol):
     """Tells where the run goes on."""
 
-    def __call__(self, step: int) -> None:
+    def __call__(self, step: int, *, is_evaluated: bool = True) -> None:
         """Forget every row after `step`: the run goes on from there and will log them again.
 
         Args:
             step: steps that are done; 0 for a new run.
+            is_evaluated: False forgets the evaluation of `step` itself, too.
         """
         ...
 
@@ -67,9 +68,9 @@ def combine(*trackers: Tracker) -> Tracker:
         trackers: any number of trackers.
     """
 
-    def resume(step: int) -> None:
+    def resume(step: int, *, is_evaluated: bool = True) -> None:
         for tracker in trackers:
-            tracker.resume(step)
+            tracker.resume(step, is_evaluated=is_evaluated)
 
     def log(channel: Channel, row: Mapping[str, Json]) -> None:
         for tracker in trackers:

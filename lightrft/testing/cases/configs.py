@@ -157,7 +157,15 @@ def _models(draw: DrawFn) -> ModelConfig:
 
 
 def _checkpoints() -> SearchStrategy[CheckpointConfig]:
-    return st.builds(CheckpointConfig, save_every=_counts(), max_num=_counts(1))
+    return st.builds(
+        CheckpointConfig,
+        save_every=_counts(),
+        save_minutes=_amounts(),
+        max_num=_counts(1),
+        max_mem=st.none() | _amounts(),
+        keep_every=_counts(),
+        keep_best=_counts(),
+    )
 
 
 def _runs() -> SearchStrategy[RunConfig]:
