@@ -27,6 +27,7 @@ class RunCase:
     directory: str
     algorithm: str = "{}"
     strategy: str = "{}"
+    engine: str = "{}"
     is_partial: bool = False
     stop_at: int = 0
     stop_rank: int = 0
@@ -49,6 +50,7 @@ def config_of(case: RunCase) -> Config:
     return attrs.evolve(
         config,
         strategy=strategy,
+        engine=attrs.evolve(config.engine, **json.loads(case.engine)),
         run=attrs.evolve(config.run, dir=case.directory),
         checkpoint=attrs.evolve(config.checkpoint, save_every=0),
     )

@@ -144,6 +144,22 @@ def test_a_stop_that_one_rank_is_asked_for_stops_all_and_they_go_on_to_the_same_
     run(run_on_rank, halves)
 
 
+@pytest.mark.parametrize(("stop_at", "step"), [(4, 3), (5, 4), (6, 4)])
+def test_a_stop_that_one_rank_is_asked_for_in_a_rollout_stops_all(tmp_path: Path, stop_at: int, step: int) -> None:
+    """Between two batches of an evaluation and of rollouts: all ranks drop what they made, and make it again."""
+    base = RunCase(directory="", algorithm='{"kl_coef": 0.1, "reward_running_norm": true}', engine='{"batch_size": 4}')
+    whole, halves = placed(base, tmp_path, "whole"), placed(base, tmp_path, "halves")
+    run = run_simulated_ranks(subject_of(build_simulated, "strategy"), 2)
+    run(run_on_rank, whole)
+    # a batch is one problem of a rollout or four of an evaluation a rank: two batches of a rollout, one of a test
+    stopped = run(run_on_rank, attrs.evolve(halves, stop_at=stop_at, stop_rank=1))
+    assert all(each.stopped.startswith(f"SIGTERM: stopped after step {step}") for each in stopped)
+    run(run_on_rank, halves)
+    for channel in ("metrics", "samples"):
+        found, expected = (channel_path(each.directory, channel).read_bytes() for each in (halves, whole))
+        assert found == expected
+
+
 @pytest.fixture(scope="module")
 def gloo() -> Iterator[RunOnRanks]:
     with processes(subject_of(build_gloo, "strategy"), 2, timeout=100) as run:
