@@ -98,6 +98,28 @@ def test_options_may_stand_anywhere(cli: Cli, workplace: Path) -> None:
     assert not (workplace / "run").exists()
 
 
+def test_when_to_save_has_short_forms(cli: Cli, workplace: Path) -> None:
+    """They mean the settings, stand in the command to resume, and a value that is none is refused by its setting."""
+    printed = cli("train", "run.toml", "--save-every", "7", "--save-minutes=2.5", "--print-config")
+    assert printed.out == to_toml(load_config("run.toml", ["checkpoint.save_every=7", "checkpoint.save_minutes=2.5"]))
+    for option, reason in (
+        ("--save-every=-1", "save_every=-1 is too small; use 0 or more"),
+        ("--save-minutes=nan", "save_minutes"),
+        ("--save-every=often", "argument --save-every: invalid int value: 'often'"),
+    ):
+        refused = cli("train", "run.toml", option)
+        assert refused.code == 2
+        assert reason in refused.line
+    short = ("run.warmup_steps=0", "run.num_steps=2")
+    outcome = cli("train", "run.toml", *short, "--save-every", "1", "--save-minutes", "60", "--quiet")
+    assert outcome.code == 0
+    assert f"lightrft train run.toml {' '.join(short)} --save-every 1 --save-minutes 60.0\n" in outcome.out
+    assert [path.name for path in sorted((workplace / "run" / "checkpoints").iterdir())] == [
+        "step-00000001",
+        "step-00000002",
+    ]
+
+
 def test_the_printed_configuration_reads_back_equal(cli: Cli, workplace: Path) -> None:
     """What `--print-config` writes is a TOML file with the same configuration."""
     (workplace / "whole.toml").write_text(cli("train", "run.toml", "--print-config").out)

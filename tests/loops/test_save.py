@@ -88,18 +88,24 @@ def test_what_a_run_is_to_keep_is_written_and_stays(tmp_path: Path) -> None:
     config = saving(tiny_config(tmp_path), save_every=0, max_num=1, keep_every=2)
     run(config)
     assert saved_steps(config) == [2, 4, 6, 7]
-    rated = in_dir(saving(config, keep_every=0, keep_best=1), tmp_path / "rated")
-    parts = parts_of(rated)
-    seen: list[float] = []
 
-    def worse_and_worse(prompt: str, completion: str, answer: str, /) -> float:
-        seen.append(1.0)
-        return 2.0 - len(seen) / 100 if len(seen) <= 8 else parts.reward(prompt, completion, answer) / 100
 
-    run(rated, attrs.evolve(parts, reward=worse_and_worse))
-    accuracies = {row["step"]: row["accuracy"] for row in rows_of(rated) if row["kind"] == "evaluation"}
+@pytest.mark.parametrize("save_every", [0, 1])
+def test_the_best_evaluated_step_stays(tmp_path: Path, save_every: int) -> None:
+    """Evaluated steps are written, and the best one stays; a step that was not evaluated does not pass for one."""
+    config = saving(tiny_config(tmp_path), save_every=save_every, max_num=1, keep_best=1)
+    parts = parts_of(config)
+    num_scored = 0
+
+    def right_at_first(prompt: str, completion: str, answer: str, /) -> float:
+        nonlocal num_scored
+        num_scored += 1
+        return 1.0 if num_scored <= len(parts.heldout) else parts.reward(prompt, completion, answer) / 100
+
+    run(config, attrs.evolve(parts, reward=right_at_first))
+    accuracies = {row["step"]: row["accuracy"] for row in rows_of(config) if row["kind"] == "evaluation"}
     assert accuracies == {3: 1.0, 5: 0.0, 7: 0.0}
-    assert saved_steps(rated) == [3, 7]
+    assert saved_steps(config) == [3, 7]
 
 
 def in_batches(folder: Path) -> Config:

@@ -40,6 +40,20 @@ def test_resuming_keeps_the_rows_up_to_the_step_byte_for_byte(tmp_path: Path) ->
     assert path.read_bytes() == b""
 
 
+def test_resuming_before_an_evaluation_forgets_it_alone(tmp_path: Path) -> None:
+    """The row of the step itself stays, and so does every earlier evaluation."""
+    tracker = combine(build_file_tracker(tmp_path))
+    rows = [{"step": step, "kind": kind} for step in (1, 2, 3) for kind in ("step", "evaluation")]
+    for row in rows:
+        tracker.log("metrics", row)
+        tracker.log("samples", row)
+    tracker.resume(2)
+    assert list(read_rows(channel_path(tmp_path, "metrics"))) == rows[:4]
+    tracker.resume(2, is_evaluated=False)
+    for channel in ("metrics", "samples"):
+        assert list(read_rows(channel_path(tmp_path, channel))) == rows[:3]  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("line", ["{broken", "[1]"])
 def test_a_damaged_row_is_named(tmp_path: Path, line: str) -> None:
     """A line in the middle that is no JSON object is an error with its number, not skipped."""
