@@ -33,7 +33,7 @@ WRONG = {
 
 def _accepted(section: str, name: str) -> set[str]:
     default = getattr(getattr(Config(), section), name)
-    optional = dict.fromkeys(("algorithm.dual_clip", "checkpoint.max_mem"), {"integer", "float"})
+    optional = {key: {"integer", "float"} for key in ("algorithm.dual_clip", "checkpoint.max_mem")}
     kinds: dict[type, set[str]] = {
         bool: {"bool"},
         int: {"integer"},
