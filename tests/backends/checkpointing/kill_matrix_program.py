@@ -54,10 +54,14 @@ def is_file_operation(function: object) -> bool:
     return module in {"posix", "fcntl", "_io", "io"} and getattr(function, "__name__", "") not in {"urandom", "fspath"}
 
 
-def trace(action: Callable[[], object], on_operation: Callable[[str], None]) -> None:
+def trace(
+    action: Callable[[], object],
+    on_operation: Callable[[str], None],
+    is_traced: Callable[[object], bool] = is_file_operation,
+) -> None:
     def profile(frame: FrameType, event: str, function: object) -> None:
         del frame
-        if event == "c_call" and is_file_operation(function):
+        if event == "c_call" and is_traced(function):
             on_operation(str(getattr(function, "__name__", function)))
 
     sys.setprofile(profile)
