@@ -164,6 +164,7 @@ def staging(target: Path) -> Generator[Path, None, None]:
     root, descriptor = _locked_directory(target)
     try:
         write_file(root / _MARKER, [b'{"format": "lightrft-unfinished", "version": 1}\n'])
+        sync_directory(root)  # or a power loss may leave the content without the marker, which nobody would remove
         (root / _CONTENT).mkdir()
         yield root / _CONTENT
     finally:
@@ -283,7 +284,8 @@ def _is_ours(root: Path) -> bool:
 def _remove_staging(root: Path) -> None:
     if (root / _CONTENT).exists():
         shutil.rmtree(root / _CONTENT)
-    # the marker goes last, so that a kill in between leaves a directory that is still known as ours
+        sync_directory(root)
+    # the marker goes last, so that a kill in between, or a power loss, leaves a directory that is still known as ours
     (root / _MARKER).unlink(missing_ok=True)
     root.rmdir()
 

@@ -94,7 +94,15 @@ def test_truncated_removed_swapped_and_lengthened_files_are_refused(
     path, other = saved / "step-00000002" / name, saved / "step-00000001" / name
     content = path.read_bytes()
     pattern = re.escape(str(path))
-    for damaged in (b"", content[:1], content[: len(content) // 3], content[: len(content) // 2], content[:-1], content + b"\n", other.read_bytes()):
+    for damaged in (
+        b"",
+        content[:1],
+        content[: len(content) // 3],
+        content[: len(content) // 2],
+        content[:-1],
+        content + b"\n",
+        other.read_bytes(),
+    ):
         if damaged != content:
             path.write_bytes(damaged)
             refused(pattern)
