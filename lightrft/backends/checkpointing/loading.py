@@ -122,7 +122,7 @@ def _load(
             raise CheckpointError(f"{error}{_older(directory, step)}") from error
         try:
             plans.append(_plan(path, manifest, entries, world, access))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             if isinstance(error, LightRFTError):
                 raise
             raise CheckpointError(f"{path} has not the form of a checkpoint ({error!r}); load another one.") from error

@@ -52,7 +52,7 @@ def plan_streams(directory: Path, *, rank: int, world_size: int) -> Callable[[],
     streams = as_dict(loads(path.read_bytes(), source=str(path)), source=str(path))
     try:
         return _plan(streams)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (ArithmeticError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} holds no state of a random stream ({error}); load another checkpoint."
         ) from error

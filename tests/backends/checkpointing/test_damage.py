@@ -217,6 +217,17 @@ def test_a_record_without_its_fields_is_refused(saved: Path, refused: Callable[[
     refused("has not the form of a checkpoint")
 
 
+def test_a_forged_number_that_no_stream_holds_is_refused(saved: Path, refused: Callable[[str], None]) -> None:
+    """A number of numpy's stream that has more than 32 bits is one clear error, on which ranks can agree."""
+    path = saved / "step-00000002" / "rank-00000.random.json"
+    streams = json.loads(path.read_bytes())
+    numbers = re.search(r"\[(\d+), ", json.dumps(streams["numpy"]))
+    assert numbers is not None
+    streams["numpy"] = json.loads(json.dumps(streams["numpy"]).replace(numbers[0], f"[{2**33}, ", 1))
+    replace(path, json.dumps(streams).encode())
+    refused("rank-00000.random.json holds no state of a random stream")
+
+
 def other_shape(trainable: Trainable) -> Trainable:
     trainable.model.register_buffer("count", torch.zeros(2, dtype=torch.int64))
     return trainable
