@@ -6,6 +6,7 @@ import copy
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 
@@ -24,9 +25,15 @@ from lightrft.backends.checkpointing.durable import (
     write_file,
 )
 from lightrft.backends.checkpointing.gathering import agreed_tables, taking_turns
-from lightrft.backends.checkpointing.lossless import as_dict, loads
 from lightrft.backends.checkpointing.named import describe, difference
-from lightrft.backends.checkpointing.tensor_files import read_tensors, safetensors_chunks
+from lightrft.backends.checkpointing.tensor_files import safetensors_chunks
+from lightrft.backends.checkpointing.weight_files import (
+    INDEX,
+    MAX_FILE_SIZE,
+    index_of,
+    open_weights,
+    split_weights,
+)
 from lightrft.backends.world import world_of
 from lightrft.errors import CheckpointError
 from lightrft.strategy.protocols.checkpointing import Json, LoadModel, SaveModel, SavesTokenizer
@@ -34,21 +41,19 @@ from lightrft.strategy.protocols.collectives import Collectives
 
 __all__ = ["build_load_model", "build_save_model"]
 
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-
 
 @runtime_checkable
 class _SavesItself(Protocol):
     def save_pretrained(self, save_directory: str, /) -> object: ...
 
 
-def build_save_model(collectives: Collectives, access: StateAccess) -> SaveModel:
-    """Return `save_model`; rank 0 writes.
+def build_save_model(collectives: Collectives, access: StateAccess, *, max_file_size: int = MAX_FILE_SIZE) -> SaveModel:
+    """Return `save_model`; rank 0 writes, one gathered tensor after the other.
 
     Args:
         collectives: what the ranks do together.
         access: what a backend knows of live tensors.
+        max_file_size: bytes of tensors above which a model is written in several files.
     """
 
     def save_model(
@@ -57,18 +62,26 @@ def build_save_model(collectives: Collectives, access: StateAccess) -> SaveModel
         plain = access.unwrap_model(model)
         is_first = world_of(collectives).rank == 0
 
-        def describe_live() -> dict[str, Mapping[str, WholeTensor]]:
-            return {_WEIGHTS: _exported(plain, access.model_state(model, owner="model"))}
+        def describe_live() -> dict[str, dict[str, WholeTensor]]:
+            return split_weights(
+                _exported(plain, access.model_state(model, owner="model")), max_file_size=max_file_size
+            )
 
         tables = agreed_tables(collectives, describe_live)
+
+        def write_rest(content: Path) -> None:
+            _write_configs(plain, _dtype(tables), content)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(content))
+            index = index_of(tables)
+            if index is not None:
+                write_file(content / INDEX, [index])
 
         def save() -> dict[str, Json]:
             advice = "free space or choose another directory; nothing was left behind"
             with disk_errors("output_dir", Path(output_dir), advice=advice), taking_turns(tables) as in_turn:
                 if is_first:
-                    # transformers asks which framework wrote a file
-                    weights = safetensors_chunks(tables[_WEIGHTS], metadata={"format": "pt"}, in_turn=in_turn)
-                    _export(plain, weights, _dtype(tables[_WEIGHTS]), Path(output_dir).resolve(), tokenizer)
+                    _export(tables, in_turn, write_rest, Path(output_dir).resolve())
             return {}
 
         together(collectives, save)
@@ -78,7 +91,7 @@ def build_save_model(collectives: Collectives, access: StateAccess) -> SaveModel
 
 
 def build_load_model(collectives: Collectives, access: StateAccess) -> LoadModel:
-    """Return `load_model`; every rank reads.
+    """Return `load_model`; every rank reads, one tensor after the other, and keeps its own part alone.
 
     Args:
         collectives: what the ranks do together.
@@ -88,28 +101,43 @@ def build_load_model(collectives: Collectives, access: StateAccess) -> LoadModel
     def load_model(model: nn.Module, load_dir: str | os.PathLike[str]) -> None:
         world_of(collectives)
         directory = Path(load_dir)
-        actions: list[Callable[[], None]] = []
+        plans: list[Callable[[], Callable[[], None]]] = []
+        with ExitStack() as files:
 
-        def read() -> dict[str, Json]:
-            live = access.model_state(model, owner="model")
-            saved = _matched(_weights(directory), live, directory)
-            actions.extend(live.plan_tensor(name, saved[name], source=f"{directory}: {name}") for name in live.tensors)
-            return {}
+            def check() -> dict[str, Json]:
+                live = access.model_state(model, owner="model")
+                saved = _matched(files.enter_context(open_weights(directory)), live, directory)
+                plans.extend(_plan(live, name, saved[name], directory) for name in live.tensors)
+                # every tensor is read and planned once before the first is written: keeping the plans would take
+                # the memory of another model
+                for plan in plans:
+                    plan()
+                return {}
 
-        together(collectives, read)
-        with torch.no_grad():
-            for action in actions:
-                action()
+            def write() -> dict[str, Json]:
+                for plan in plans:
+                    plan()()
+                return {}
+
+            together(collectives, check)
+            with torch.no_grad():
+                together(collectives, write)
 
     return load_model
 
 
+def _plan(live: ModelState, name: str, saved: WholeTensor, directory: Path) -> Callable[[], Callable[[], None]]:
+    def plan() -> Callable[[], None]:
+        return live.plan_tensor(name, saved.read(), source=f"{directory}: {name}")
+
+    return plan
+
+
 def _export(
-    model: nn.Module,
-    weights: Iterator[memoryview | bytes],
-    dtype: torch.dtype | None,
+    tables: Mapping[str, Mapping[str, WholeTensor]],
+    in_turn: Iterator[WholeTensor],
+    write_rest: Callable[[Path], None],
     target: Path,
-    tokenizer: SavesTokenizer | None,
 ) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(
@@ -118,10 +146,10 @@ def _export(
     make_directory(target.parent)
     remove_leftovers(target.parent, re.escape(target.name))
     with staging(target) as content:
-        _write_configs(model, dtype, content)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(content))
-        write_file(content / _WEIGHTS, weights)
+        write_rest(content)
+        for file, tensors in tables.items():
+            # transformers asks which framework wrote a file
+            write_file(content / file, safetensors_chunks(tensors, metadata={"format": "pt"}, in_turn=in_turn))
         sync_tree(content)
         commit(content, target)
 
@@ -146,8 +174,9 @@ def _architecture(model: nn.Module) -> str:
     return names[0]
 
 
-def _dtype(tensors: Mapping[str, WholeTensor]) -> torch.dtype | None:
-    return next((tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point), None)
+def _dtype(tables: Mapping[str, Mapping[str, WholeTensor]]) -> torch.dtype | None:
+    dtypes = (tensor.dtype for tensors in tables.values() for tensor in tensors.values())
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), None)
 
 
 def _exported(model: nn.Module, state: ModelState) -> dict[str, WholeTensor]:
@@ -160,29 +189,12 @@ def _exported(model: nn.Module, state: ModelState) -> dict[str, WholeTensor]:
     return {names[first]: tensor for first, tensor in state.tensors.items()}
 
 
-def _weights(directory: Path) -> dict[str, torch.Tensor]:
-    index = directory / _INDEX
-    if not index.exists():
-        return read_tensors(directory / _WEIGHTS)
-    content = as_dict(loads(index.read_bytes(), source=str(index)), source=str(index))
-    weight_map = as_dict(content.get("weight_map"), source=str(index))
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted({str(name) for name in weight_map.values()}):
-        if Path(file).name != file:
-            raise CheckpointError(f"{index} names the file {file!r} outside of its directory; do not trust its source.")
-        tensors.update(read_tensors(directory / file))
-    words = difference(saved=dict.fromkeys(tensors, "tensor"), live=dict.fromkeys(weight_map, "tensor"))
-    if words is not None:
-        raise CheckpointError(f"{directory}: the files of {_INDEX} {words} in the index; download it again.")
-    return tensors
-
-
-def _matched(saved: Mapping[str, torch.Tensor], live: ModelState, directory: Path) -> dict[str, torch.Tensor]:
+def _matched(saved: Mapping[str, WholeTensor], live: ModelState, directory: Path) -> dict[str, WholeTensor]:
     """Return the saved tensors under the live first names, each tied tensor from any of its names."""
-    matched: dict[str, torch.Tensor] = {}
+    matched: dict[str, WholeTensor] = {}
     for name, tensor in saved.items():
         first = live.aliases.get(name, name)
-        if first in matched and not torch.equal(matched[first], tensor):
+        if first in matched and not torch.equal(matched[first].read(), tensor.read()):
             raise CheckpointError(
                 f"{directory}: {name} and {first} differ, and the model ties them; load an untied model."
             )

@@ -46,14 +46,21 @@ def loads(content: bytes, *, source: str) -> Json:
         source: what the file is called in the error.
 
     Raises:
-        CheckpointError: the bytes are not strict JSON.
+        CheckpointError: the bytes are not strict JSON, or a name stands twice in one object.
     """
 
     def refuse(constant: str) -> Json:
         raise ValueError(f"{constant} is not JSON")
 
+    def refuse_twice(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+        table = dict(pairs)
+        if len(table) < len(pairs):  # JSON leaves open which of them counts
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+        return table
+
     try:
-        return cast("Json", json.loads(content, parse_constant=refuse))
+        return cast("Json", json.loads(content, parse_constant=refuse, object_pairs_hook=refuse_twice))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{source} is not JSON ({error}); load another checkpoint.") from error
 

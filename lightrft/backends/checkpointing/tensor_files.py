@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +22,28 @@ from lightrft.backends.checkpointing.lossless import as_dict, dumps, loads
 from lightrft.errors import CheckpointError, UnsupportedError
 from lightrft.strategy.protocols.checkpointing import Json
 
-__all__ = ["read_tensors", "reading_order", "require_plain", "safetensors_chunks", "stored_tensors", "whole_tensor"]
+__all__ = [
+    "open_tensors",
+    "read_tensors",
+    "reading_order",
+    "require_plain",
+    "safetensors_chunks",
+    "stored_tensors",
+    "whole_tensor",
+]
+
+
+class _Header(Protocol):
+    def get_shape(self) -> list[int]: ...
+    def get_dtype(self) -> str: ...
+
+
+class _OpenFile(Protocol):
+    def metadata(self) -> dict[str, str] | None: ...
+    def keys(self) -> list[str]: ...
+    def get_slice(self, name: str, /) -> _Header: ...
+    def get_tensor(self, name: str, /) -> torch.Tensor: ...
+
 
 _RAW = "lightrft.raw"
 
@@ -44,6 +65,7 @@ _DTYPES: Mapping[torch.dtype, str] = {
     torch.float32: "F32",
     torch.float64: "F64",
 }
+_DTYPE_NAMES = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 def require_plain(tensor: torch.Tensor, name: str) -> None:
@@ -111,6 +133,27 @@ def safetensors_chunks(
         yield from _bytes_of(next(turns), name)
 
 
+@contextmanager
+def open_tensors(path: Path) -> Generator[Mapping[str, WholeTensor], None, None]:
+    """Yield what a safetensors file holds; each tensor is read when it is asked for, on the CPU.
+
+    Args:
+        path: the file.
+
+    Raises:
+        CheckpointError: it is missing or not a whole safetensors file.
+    """
+    try:
+        opened = safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error}); load another checkpoint.") from error
+    with opened as described:
+        file = cast("_OpenFile", described)
+        metadata = file.metadata() or {}
+        raw = as_dict(loads(metadata.get(_RAW, "{}").encode(), source=str(path)), source=str(path))
+        yield {name: _stored(file, name, raw.get(name)) for name in file.keys()}  # noqa: SIM118 (no iterator)
+
+
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Return all tensors of a safetensors file, on the CPU.
 
@@ -120,10 +163,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: it is missing or not a whole safetensors file.
     """
-    with _whole_file(path), safe_open(path, framework="pt") as file:
-        raw = _raw_of(cast("dict[str, str] | None", file.metadata()) or {}, path)
-        tensors = {name: cast("torch.Tensor", file.get_tensor(name)) for name in cast("list[str]", file.keys())}
-    return {name: _from_raw(tensor, raw[name]) if name in raw else tensor for name, tensor in tensors.items()}
+    with open_tensors(path) as tensors:
+        return {name: tensor.read() for name, tensor in tensors.items()}
 
 
 def stored_tensors(path: Path) -> dict[str, WholeTensor]:
@@ -135,38 +176,16 @@ def stored_tensors(path: Path) -> dict[str, WholeTensor]:
     Raises:
         CheckpointError: it is missing or not a whole safetensors file.
     """
-    with _whole_file(path), safe_open(path, framework="pt") as file:
-        raw = _raw_of(cast("dict[str, str] | None", file.metadata()) or {}, path)
-        slices = {name: file.get_slice(name) for name in cast("list[str]", file.keys())}
-        written = {name: (list(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()}
-    return {name: _stored(path, name, shape, kind, raw.get(name)) for name, (shape, kind) in written.items()}
+    with open_tensors(path) as tensors:
+        return {name: _read_again(path, name, tensor) for name, tensor in tensors.items()}
 
 
-def _stored(path: Path, name: str, shape: list[int], kind: str, described: Json) -> WholeTensor:
+def _read_again(path: Path, name: str, tensor: WholeTensor) -> WholeTensor:
     def read() -> torch.Tensor:
-        with _whole_file(path), safe_open(path, framework="pt") as file:
-            tensor = cast("torch.Tensor", file.get_tensor(name))
-        return tensor if described is None else _from_raw(tensor, described)
+        with open_tensors(path) as tensors:
+            return tensors[name].read()
 
-    if described is not None:
-        dtype, shape = _described(described)
-        return WholeTensor(shape=shape, dtype=dtype, read=read)
-    dtypes = [dtype for dtype, written in _DTYPES.items() if written == kind]
-    if not dtypes:
-        raise CheckpointError(f"{path}: {name} has the dtype {kind!r}, which no checkpoint holds; load another one.")
-    return WholeTensor(shape=shape, dtype=dtypes[0], read=read)
-
-
-@contextmanager
-def _whole_file(path: Path) -> Generator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file ({error}); load another checkpoint.") from error
-
-
-def _raw_of(metadata: Mapping[str, str], path: Path) -> dict[str, Json]:
-    return as_dict(loads(metadata.get(_RAW, "{}").encode(), source=str(path)), source=str(path))
+    return WholeTensor(shape=tensor.shape, dtype=tensor.dtype, read=read)
 
 
 def _sorted_names(tensors: Mapping[str, WholeTensor]) -> list[str]:
@@ -218,16 +237,29 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _from_raw(tensor: torch.Tensor, description: Json) -> torch.Tensor:
-    dtype, shape = _described(description)
-    return tensor.clone().view(dtype).reshape(shape)
+def _stored(file: _OpenFile, name: str, raw: Json) -> WholeTensor:
+    """Return the description of a tensor of an open file, from the header alone."""
+    if raw is not None:
+        fields = as_dict(raw, source=_RAW)
+        dtype, shape = _raw_dtype(fields), cast("list[int]", fields.get("shape"))
+
+        def read_raw() -> torch.Tensor:
+            return file.get_tensor(name).clone().view(dtype).reshape(shape)
+
+        return WholeTensor(shape=shape, dtype=dtype, read=read_raw)
+
+    def read() -> torch.Tensor:
+        return file.get_tensor(name)
+
+    header = file.get_slice(name)
+    known = _DTYPE_NAMES.get(header.get_dtype())  # others write dtypes that are not written here
+    return WholeTensor(shape=header.get_shape(), dtype=known or read().dtype, read=read)
 
 
-def _described(description: Json) -> tuple[torch.dtype, list[int]]:
-    fields = as_dict(description, source=_RAW)
+def _raw_dtype(fields: Mapping[str, Json]) -> torch.dtype:
     dtype = getattr(torch, str(fields.get("dtype")), None)
     if not isinstance(dtype, torch.dtype):
         raise CheckpointError(
             f"dtype={fields.get('dtype')!r} is unknown to torch {torch.__version__}; install a newer torch."
         )
-    return dtype, cast("list[int]", fields.get("shape"))
+    return dtype

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -11,7 +12,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from lightrft.backends.checkpointing.canonical import CheckpointFunctions
+from lightrft.backends.checkpointing.huggingface import build_save_model
+from lightrft.backends.checkpointing.live import build_live_access
+from lightrft.backends.collectives.single import build_collectives
 from lightrft.errors import CheckpointError
+from lightrft.strategy.config import StrategyConfig
 
 
 def tiny(*, tied: bool, seed: int = 0, dtype: torch.dtype = torch.float32) -> Qwen3ForCausalLM:
@@ -162,7 +167,11 @@ def test_a_failing_export_leaves_nothing(tmp_path: Path, checkpointing: Checkpoi
     ("index", "reason"),
     [
         ('{"weight_map": {"weight": "../model.safetensors"}}', "outside of its directory"),
-        ('{"weight_map": {"weight": "none.safetensors"}}', "none.safetensors is not a whole safetensors file"),
+        ('{"weight_map": {"weight": "none.safetensors"}}', r"index\.json names none\.safetensors, which is not there"),
+        (
+            '{"weight_map": {"weight": "model.safetensors", "weight": "model.safetensors"}}',
+            r"index\.json is not JSON \('weight' stands twice",
+        ),
         ('{"weight_map": {"weight": "model.safetensors"}}', "has what the live state lacks: bias in the index"),
         ('{"weight_map": 3}', r"model\.safetensors\.index\.json holds .*where an object belongs"),
         ("3", r"model\.safetensors\.index\.json holds .*where an object belongs"),
@@ -180,6 +189,103 @@ def test_damaged_indices_are_refused(
     with pytest.raises(CheckpointError, match=reason):
         checkpointing.load_model(model, tmp_path / "out")
     assert torch.equal(model.weight, before)
+
+
+def save_in_files(model: nn.Module, directory: Path, max_file_size: int) -> None:
+    """Save with files of at most so many bytes of tensors."""
+    collectives = build_collectives(StrategyConfig(strategy="single"))
+    build_save_model(collectives, build_live_access(lambda module: module), max_file_size=max_file_size)(
+        model, directory
+    )
+
+
+@pytest.mark.parametrize(("tied", "max_file_size"), [(True, 1100), (False, 1300)])
+def test_large_models_are_saved_in_files_with_an_index(
+    tmp_path: Path, checkpointing: CheckpointFunctions, tied: bool, max_file_size: int
+) -> None:
+    """Files fill up to the bound, in the order of modules; transformers reads them, and so do we, bit for bit."""
+    model, other = tiny(tied=tied), tiny(tied=tied, seed=1)
+    out = tmp_path / "out"
+    save_in_files(model, out, max_file_size)
+    files = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    assert sorted(file.name for file in out.glob("model*")) == [*files, "model.safetensors.index.json"]
+    parts = [load_file(out / file) for file in files]
+    sizes = [sum(tensor.nbytes for tensor in part.values()) for part in parts]
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": sum(sizes)}
+    assert index["weight_map"] == {name: file for file, part in zip(files, parts, strict=True) for name in part}
+    assert max(sizes) <= max_file_size
+    written = list(index["weight_map"])
+    assert written == [name for name in model.state_dict() if name in written]
+    for size, later in itertools.pairwise(parts):
+        first = next(name for name in written if name in later)
+        assert sum(tensor.nbytes for tensor in size.values()) + later[first].nbytes > max_file_size
+    loaded, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert equal(model, loaded)
+    assert not any(report.values())
+    checkpointing.load_model(other, out)
+    assert equal(model, other)
+
+
+def test_a_tensor_larger_than_a_file_has_one_of_its_own(tmp_path: Path, checkpointing: CheckpointFunctions) -> None:
+    """The bound never refuses a tensor, and what fits exactly needs no index."""
+    model, other = nn.Linear(4, 5), nn.Linear(4, 5)
+    save_in_files(model, tmp_path / "two", 99)
+    assert [len(load_file(file)) for file in sorted((tmp_path / "two").glob("*.safetensors"))] == [1, 1]
+    checkpointing.load_model(other, tmp_path / "two")
+    assert equal(model, other)
+    save_in_files(model, tmp_path / "one", 100)
+    assert [file.name for file in (tmp_path / "one").iterdir()] == ["model.safetensors"]
+
+
+def damage(directory: Path, how: str) -> None:
+    """Damage a directory of two files, `weight` in the first and `bias` in the second."""
+    first, second = (directory / f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    index = directory / "model.safetensors.index.json"
+    if how == "file missing":
+        second.unlink()
+    elif how == "file cut":
+        second.write_bytes(second.read_bytes()[:-1])
+    elif how == "exchanged":
+        first.rename(directory / "kept")
+        second.rename(first)
+        (directory / "kept").rename(second)
+    elif how == "tensor twice":
+        save_file({**load_file(first), **load_file(second)}, second)
+    elif how == "not in the index":
+        save_file({"more": torch.zeros(1), **load_file(second)}, second)
+    elif how == "in no file":
+        save_file({"other": torch.zeros(1)}, second)
+    elif how == "two sets":
+        save_file({**load_file(first), **load_file(second)}, directory / "model.safetensors")
+    else:
+        index.unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("file missing", r"index\.json names model-00002-of-00002\.safetensors, which is not there"),
+        ("file cut", r"model-00002-of-00002\.safetensors is not a whole safetensors file"),
+        ("exchanged", r"has weight in model-00001-of-00002\.safetensors, and it stands in model-00002-of-00002"),
+        ("tensor twice", r"weight stands in model-00001-of-00002\.safetensors and in model-00002-of-00002"),
+        ("not in the index", r"has what the live state lacks: more in the index"),
+        ("in no file", r"lacks bias and has what the live state lacks: other in the index"),
+        ("two sets", r"holds model\.safetensors beside an index that does not name it"),
+        ("index missing", r"model\.safetensors is not a whole safetensors file"),
+    ],
+)
+def test_damaged_sets_of_files_are_refused(
+    tmp_path: Path, checkpointing: CheckpointFunctions, how: str, reason: str
+) -> None:
+    """Files that are missing, cut, exchanged or disagree with the index are refused by name, and nothing is changed."""
+    save_in_files(nn.Linear(2, 2), tmp_path, 16)
+    model, before = nn.Linear(2, 2), nn.Linear(2, 2)
+    before.load_state_dict(model.state_dict())
+    damage(tmp_path, how)
+    with pytest.raises(CheckpointError, match=reason):
+        checkpointing.load_model(model, tmp_path)
+    assert equal(model, before)
 
 
 def test_weights_that_do_not_fit_are_refused_whole(tmp_path: Path, checkpointing: CheckpointFunctions) -> None:
