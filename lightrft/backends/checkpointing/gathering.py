@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from lightrft.backends.checkpointing.access import WholeTensor
 from lightrft.backends.checkpointing.agreement import together
@@ -63,4 +63,5 @@ def taking_turns(tables: Mapping[str, Mapping[str, WholeTensor]]) -> Generator[I
         yield in_turn
     finally:
         for tensor in in_turn:
-            tensor.read()
+            with suppress(CheckpointError):  # whoever writes it says what is wrong with it
+                tensor.read()

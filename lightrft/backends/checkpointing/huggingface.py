@@ -8,12 +8,20 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol, cast, runtime_checkable
+from typing import Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
 from torch import nn
 
 from lightrft.backends.checkpointing.access import ModelState, StateAccess, WholeTensor
+from lightrft.backends.checkpointing.adapters import (
+    ADAPTERS,
+    Adapted,
+    adapted,
+    adapter_tensors,
+    merged_state,
+    write_adapter_config,
+)
 from lightrft.backends.checkpointing.agreement import together
 from lightrft.backends.checkpointing.durable import (
     commit,
@@ -36,7 +44,7 @@ from lightrft.backends.checkpointing.weight_files import (
 )
 from lightrft.backends.world import world_of
 from lightrft.errors import CheckpointError
-from lightrft.strategy.protocols.checkpointing import Json, LoadModel, SaveModel, SavesTokenizer
+from lightrft.strategy.protocols.checkpointing import AdaptersKind, Json, LoadModel, SaveModel, SavesTokenizer
 from lightrft.strategy.protocols.collectives import Collectives
 
 __all__ = ["build_load_model", "build_save_model"]
@@ -45,6 +53,13 @@ __all__ = ["build_load_model", "build_save_model"]
 @runtime_checkable
 class _SavesItself(Protocol):
     def save_pretrained(self, save_directory: str, /) -> object: ...
+
+
+_Tables: TypeAlias = Mapping[str, Mapping[str, WholeTensor]]
+
+
+class _WriteConfigs(Protocol):
+    def __call__(self, content: Path, tables: _Tables, /) -> None: ...
 
 
 def build_save_model(collectives: Collectives, access: StateAccess, *, max_file_size: int = MAX_FILE_SIZE) -> SaveModel:
@@ -57,25 +72,31 @@ def build_save_model(collectives: Collectives, access: StateAccess, *, max_file_
     """
 
     def save_model(
-        model: nn.Module, output_dir: str | os.PathLike[str], *, tokenizer: SavesTokenizer | None = None
+        model: nn.Module,
+        output_dir: str | os.PathLike[str],
+        *,
+        tokenizer: SavesTokenizer | None = None,
+        adapters: AdaptersKind | None = None,
     ) -> Path:
         plain = access.unwrap_model(model)
         is_first = world_of(collectives).rank == 0
+        writers: list[_WriteConfigs] = []
 
         def describe_live() -> dict[str, dict[str, WholeTensor]]:
-            return split_weights(
-                _exported(plain, access.model_state(model, owner="model")), max_file_size=max_file_size
-            )
+            found, state = adapted(plain, adapters), access.model_state(model, owner="model")
+            if found is not None and adapters == "alone":
+                writers.append(_adapter_writer(found))
+                return {ADAPTERS: adapter_tensors(found, state)}
+            base, kept = (plain, state) if found is None else (found.base, merged_state(found, state))
+            writers.append(_model_writer(base))
+            return split_weights(_exported(base, kept), max_file_size=max_file_size)
 
         tables = agreed_tables(collectives, describe_live)
 
         def write_rest(content: Path) -> None:
-            _write_configs(plain, _dtype(tables), content)
+            writers[0](content, tables)
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(content))
-            index = index_of(tables)
-            if index is not None:
-                write_file(content / INDEX, [index])
 
         def save() -> dict[str, Json]:
             advice = "free space or choose another directory; nothing was left behind"
@@ -105,6 +126,10 @@ def build_load_model(collectives: Collectives, access: StateAccess) -> LoadModel
         with ExitStack() as files:
 
             def check() -> dict[str, Json]:
+                if (directory / ADAPTERS).exists():
+                    raise CheckpointError(
+                        f"load_dir={str(directory)!r} holds adapters alone; load them with PeftModel.from_pretrained."
+                    )
                 live = access.model_state(model, owner="model")
                 saved = _matched(files.enter_context(open_weights(directory)), live, directory)
                 plans.extend(_plan(live, name, saved[name], directory) for name in live.tensors)
@@ -134,7 +159,7 @@ def _plan(live: ModelState, name: str, saved: WholeTensor, directory: Path) -> C
 
 
 def _export(
-    tables: Mapping[str, Mapping[str, WholeTensor]],
+    tables: _Tables,
     in_turn: Iterator[WholeTensor],
     write_rest: Callable[[Path], None],
     target: Path,
@@ -154,27 +179,38 @@ def _export(
         commit(content, target)
 
 
-def _write_configs(model: nn.Module, dtype: torch.dtype | None, content: Path) -> None:
-    config = copy.deepcopy(getattr(model, "config", None))  # saving must not change the live model's
-    if isinstance(config, _SavesItself):
-        described = cast("dict[str, object]", vars(config))
-        described["architectures"] = [_architecture(model)]
-        described["dtype"] = dtype
-        config.save_pretrained(str(content))
-    generation = getattr(model, "generation_config", None)
-    if isinstance(generation, _SavesItself):
-        generation.save_pretrained(str(content))
+def _adapter_writer(found: Adapted) -> _WriteConfigs:
+    def write(content: Path, tables: _Tables, /) -> None:
+        del tables
+        write_adapter_config(found, content, kind=_plain_class(found.base))
+
+    return write
 
 
-def _architecture(model: nn.Module) -> str:
+def _model_writer(model: nn.Module) -> _WriteConfigs:
+    def write(content: Path, tables: _Tables, /) -> None:
+        config = copy.deepcopy(getattr(model, "config", None))  # saving must not change the live model's
+        if isinstance(config, _SavesItself):
+            described = cast("dict[str, object]", vars(config))
+            described["architectures"] = [_plain_class(model).__name__]
+            described["dtype"] = _dtype(tables)
+            config.save_pretrained(str(content))
+        generation = getattr(model, "generation_config", None)
+        if isinstance(generation, _SavesItself):
+            generation.save_pretrained(str(content))
+        index = index_of(tables)
+        if index is not None:
+            write_file(content / INDEX, [index])
+
+    return write
+
+
+def _plain_class(model: nn.Module) -> type[nn.Module]:
     # `fully_shard` puts a class of its own before the model's
-    names = [
-        kind.__name__ for kind in type(model).__mro__ if "FSDPModule" not in {base.__name__ for base in kind.__mro__}
-    ]
-    return names[0]
+    return next(kind for kind in type(model).__mro__ if "FSDPModule" not in {base.__name__ for base in kind.__mro__})
 
 
-def _dtype(tables: Mapping[str, Mapping[str, WholeTensor]]) -> torch.dtype | None:
+def _dtype(tables: _Tables) -> torch.dtype | None:
     dtypes = (tensor.dtype for tensors in tables.values() for tensor in tensors.values())
     return next((dtype for dtype in dtypes if dtype.is_floating_point), None)
 

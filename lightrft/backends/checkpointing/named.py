@@ -14,7 +14,7 @@ from lightrft.backends.checkpointing.sharded import local_part
 from lightrft.backends.checkpointing.tensor_files import require_plain
 from lightrft.errors import UnsupportedError
 
-__all__ = ["NamedState", "describe", "difference", "named_state"]
+__all__ = ["NamedState", "describe", "difference", "named_state", "plain_name"]
 
 _SHOWN = 5  # names that an error lists in full
 # what torch's activation checkpointing and `torch.compile` put between a module's name and those of its parts
@@ -92,6 +92,15 @@ def difference(*, saved: Mapping[str, object], live: Mapping[str, object]) -> st
     return " and ".join(said) or None
 
 
+def plain_name(name: str) -> str:
+    """Return the name that a tensor or module has without wrappers.
+
+    Args:
+        name: as torch has it.
+    """
+    return _WRAPPERS.sub("", name).removesuffix(".")
+
+
 def _listed(names: list[str]) -> str:
     shown = ", ".join(names[:_SHOWN])
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
@@ -109,4 +118,4 @@ def _all_names(model: nn.Module, *, owner: str) -> Iterator[tuple[str, torch.Ten
         own = (*module._parameters.items(), *module._buffers.items())  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
         for name, tensor in own:
             if tensor is not None and name not in transient:
-                yield _WRAPPERS.sub("", f"{prefix}.{name}" if prefix else name), tensor
+                yield plain_name(f"{prefix}.{name}" if prefix else name), tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeAlias, Union
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, Union
 
 import attrs
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
 __all__ = [
+    "AdaptersKind",
     "Checkpointable",
     "Checkpointing",
     "Json",
@@ -32,6 +33,9 @@ __all__ = [
 
 Json: TypeAlias = Union[bool, int, float, str, "list[Json]", "dict[str, Json]", None]
 """What JSON can hold."""
+
+AdaptersKind: TypeAlias = Literal["alone", "merged"]
+"""How a model with adapters is exported."""
 
 Checkpointable: TypeAlias = "nn.Module | Trainable | Mapping[str, nn.Module | Trainable]"
 """A model, a model with its optimizer and schedule, or several of them by name."""
@@ -171,19 +175,29 @@ class SaveModel(Protocol):
     """Exports a model for others."""
 
     def __call__(
-        self, model: nn.Module, output_dir: str | os.PathLike[str], *, tokenizer: SavesTokenizer | None = None
+        self,
+        model: nn.Module,
+        output_dir: str | os.PathLike[str],
+        *,
+        tokenizer: SavesTokenizer | None = None,
+        adapters: AdaptersKind | None = None,
     ) -> Path:
         """Return the directory, in the Hugging Face layout: config, tokenizer and safetensors.
 
-        All ranks call it, and rank 0 writes.
+        All ranks call it, and rank 0 writes. More than 5 GB of tensors become several files with an index. Whole
+        tensors are gathered one at a time, and the live model is only read.
 
         Args:
             model: the prepared or plain model.
             output_dir: a directory that does not exist yet or is empty.
             tokenizer: written beside the weights.
+            adapters: what becomes of a PeftModel's LoRA adapter, which must be said: "alone" writes it in peft's
+                layout, without the base; "merged" writes the base with the adapter in it, under plain names.
 
         Raises:
             CheckpointError: the directory holds files, or cannot be written, or the ranks have different models.
+            ConfigError: the model has adapters and `adapters` is None, or has none and it is not.
+            UnsupportedError: the adapters cannot be exported this way.
         """
         ...
 
@@ -193,6 +207,9 @@ class LoadModel(Protocol):
 
     def __call__(self, model: nn.Module, load_dir: str | os.PathLike[str]) -> None:
         """Copy the safetensors weights of a Hugging Face directory into the model; all of them or none.
+
+        The directory has one file, or several with an index. Every tensor is read and checked before the first is
+        written, and read again then: no rank holds more than its part and one tensor.
 
         Args:
             model: the prepared or plain model.

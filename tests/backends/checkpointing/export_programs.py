@@ -8,6 +8,8 @@ from typing import Any, cast
 
 import attrs
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +20,8 @@ from lightrft.backends.checkpointing.access import StateAccess
 from lightrft.backends.checkpointing.access_deepspeed import build_access
 from lightrft.backends.checkpointing.huggingface import build_save_model
 from lightrft.backends.checkpointing.live import build_live_access
+from lightrft.errors import LightRFTError
+from lightrft.strategy.protocols.checkpointing import AdaptersKind
 from lightrft.strategy.record import Strategy
 from lightrft.testing.subject import Rank
 
@@ -83,7 +87,7 @@ class Seen:
     total: int
 
 
-def llama(seed: int, *, tied: bool) -> nn.Module:
+def llama(seed: int, *, tied: bool, attention_bias: bool = False) -> nn.Module:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=40,
@@ -93,6 +97,7 @@ def llama(seed: int, *, tied: bool) -> nn.Module:
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=tied,
+        attention_bias=attention_bias,
     )
     return cast("nn.Module", LlamaForCausalLM(config))
 
@@ -101,6 +106,75 @@ def access_of(rank: Rank, strategy: Strategy) -> StateAccess:
     """Return the access that the strategy itself exports with."""
     build = build_access if rank.config.strategy == "deepspeed" else build_live_access
     return build(strategy.unwrap_model)
+
+
+def adapted_llama(seed: int, variant: str = "plain", *, tied: bool = True) -> PeftModel:
+    """Return a llama with an adapter of random values."""
+    settings: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "alpha": {"lora_alpha": 3, "use_rslora": True, "rank_pattern": {"down_proj": 3}},
+        "dora": {"use_dora": True},
+        "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+        "bias": {"bias": "lora_only", "lora_bias": True, "target_modules": ["q_proj"]},
+        "head": {"modules_to_save": ["lm_head"]},
+        "named task": {"task_type": "CAUSAL_LM"},
+    }
+    base = llama(seed, tied=tied, attention_bias=variant == "bias")
+    options = {"target_modules": ["q_proj", "down_proj"], **settings[variant]}
+    model = cast("PeftModel", get_peft_model(base, LoraConfig(r=2, init_lora_weights=False, **options)))
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@attrs.frozen(kw_only=True)
+class AdapterCase:
+    """An export of a model with an adapter.
+
+    Attributes:
+        directory: where to.
+        variant: of the adapter.
+        adapters: what becomes of it.
+        broken: number of the rank whose layers cannot be merged; -1 for none.
+    """
+
+    directory: str
+    variant: str
+    adapters: str
+    broken: int = -1
+
+
+@attrs.frozen(kw_only=True)
+class AdapterSeen:
+    """What one rank saw: bits before and after the export, its error, and the layers that hold a merged adapter."""
+
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+    error: str
+    num_merged: int
+
+
+def export_adapters(rank: Rank, case: AdapterCase) -> AdapterSeen:
+    strategy = rank.build(rank.config)
+    strategy.setup_distributed()
+    model = strategy.prepare(adapted_llama(0, case.variant, tied=case.variant == "plain"))
+    before = {name: tensor.clone() for name, tensor in strategy.named_tensors(model)}
+    layers = [module for module in strategy.unwrap_model(model).modules() if isinstance(module, LoraLayer)]
+    if case.broken == rank.rank:
+        layers[len(layers) // 2].scaling.clear()
+    error = ""
+    try:
+        strategy.save_model(model, case.directory, adapters=cast("AdaptersKind", case.adapters))
+    except LightRFTError as refused:
+        error = str(refused)
+    return AdapterSeen(
+        before=before,
+        after={name: tensor.clone() for name, tensor in strategy.named_tensors(model)},
+        error=error,
+        num_merged=sum(layer.merged for layer in layers),
+    )
 
 
 def export(rank: Rank, case: Case) -> Seen:

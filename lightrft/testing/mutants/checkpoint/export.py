@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightrft.config import StrategyConfig
 from lightrft.errors import CheckpointError
-from lightrft.strategy.protocols.checkpointing import LoadModel, SavesTokenizer
+from lightrft.strategy.protocols.checkpointing import AdaptersKind, LoadModel, SavesTokenizer
 from lightrft.strategy.record import Strategy
 from lightrft.testing.mutants.mutant import BreakStrategy, Mutant, strategy_mutant
 
@@ -41,9 +41,13 @@ def _writing(change: _Write, load: Callable[[Strategy], LoadModel]) -> BreakStra
         del config
 
         def save_model(
-            model: nn.Module, output_dir: str | os.PathLike[str], *, tokenizer: SavesTokenizer | None = None
+            model: nn.Module,
+            output_dir: str | os.PathLike[str],
+            *,
+            tokenizer: SavesTokenizer | None = None,
+            adapters: AdaptersKind | None = None,
         ) -> Path:
-            path = strategy.save_model(model, output_dir, tokenizer=tokenizer)
+            path = strategy.save_model(model, output_dir, tokenizer=tokenizer, adapters=adapters)
             _rewrite(path, change)
             return path
 
@@ -122,10 +126,14 @@ def _overwrite(strategy: Strategy, config: StrategyConfig, /) -> Strategy:
     del config
 
     def save_model(
-        model: nn.Module, output_dir: str | os.PathLike[str], *, tokenizer: SavesTokenizer | None = None
+        model: nn.Module,
+        output_dir: str | os.PathLike[str],
+        *,
+        tokenizer: SavesTokenizer | None = None,
+        adapters: AdaptersKind | None = None,
     ) -> Path:
         shutil.rmtree(output_dir, ignore_errors=True)
-        return strategy.save_model(model, output_dir, tokenizer=tokenizer)
+        return strategy.save_model(model, output_dir, tokenizer=tokenizer, adapters=adapters)
 
     return attrs.evolve(strategy, save_model=save_model)
 
