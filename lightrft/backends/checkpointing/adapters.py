@@ -18,7 +18,7 @@ import attrs
 import torch
 from torch import nn
 
-from lightrft.backends.checkpointing.access import ModelState, ReadTensor, WholeTensor
+from lightrft.backends.checkpointing.access import ModelState, WholeTensor
 from lightrft.backends.checkpointing.named import plain_name
 from lightrft.errors import CheckpointError, ConfigError, UnsupportedError
 from lightrft.strategy.protocols.checkpointing import AdaptersKind
@@ -144,17 +144,14 @@ def merged_state(found: Adapted, state: ModelState) -> ModelState:
         new = names[name]
         if new is not None:
             owner = _owner(name, owners)
-            is_merged = owner is not None and _is_merged(name.removeprefix(f"{owner}."), found.config)
-            read = (
-                _read_merged(name, str(owner), owners[str(owner)], found.adapter, state) if is_merged else tensor.read
-            )
-            tensors[new] = attrs.evolve(tensor, read=read)
+            is_changed = owner is not None and _is_changed(name.removeprefix(f"{owner}."), owners[owner], found)
+            tensors[new] = _merged(name, str(owner), owners[str(owner)], found, state) if is_changed else tensor
     aliases = {str(names[alias]): str(names[first]) for alias, first in state.aliases.items() if names[alias]}
     return attrs.evolve(state, tensors=tensors, aliases=aliases)
 
 
 def _has_adapters(model: nn.Module) -> bool:
-    if "peft" not in sys.modules:  # whoever made adapters has imported it
+    if sys.modules.get("peft") is None:  # whoever made adapters has imported it
         return False
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -216,15 +213,16 @@ def _base_name(name: str, owners: Iterable[str], adapter: str) -> str | None:
     return None
 
 
-def _is_merged(rest: str, config: LoraConfig) -> bool:
-    return rest == f"{_LAYER}weight" or (rest == f"{_LAYER}bias" and config.lora_bias)
+def _is_changed(rest: str, layer: nn.Module, found: Adapted) -> bool:
+    is_adapted = rest == f"{_LAYER}weight" or (rest == f"{_LAYER}bias" and found.config.lora_bias)
+    return is_adapted and found.adapter not in cast("BaseTunerLayer", layer).merged_adapters
 
 
 def _first(name: str, state: ModelState) -> str:
     return state.aliases.get(name, name)
 
 
-def _read_merged(name: str, owner: str, layer: nn.Module, adapter: str, state: ModelState) -> ReadTensor:
+def _merged(name: str, owner: str, layer: nn.Module, found: Adapted, state: ModelState) -> WholeTensor:
     paths = [plain_name(f"{owner}.{path}") for path, _ in layer.named_parameters(remove_duplicate=False)]
 
     def read() -> torch.Tensor:
@@ -233,12 +231,12 @@ def _read_merged(name: str, owner: str, layer: nn.Module, adapter: str, state: M
         try:
             with torch.no_grad():
                 merged = _copy_of(layer, owner, tensors)
-                cast("BaseTunerLayer", merged).merge(adapter_names=[adapter])
+                cast("BaseTunerLayer", merged).merge(adapter_names=[found.adapter])
         except Exception as error:
             raise CheckpointError(f"{name} cannot be merged ({error!r}); pass adapters='alone'.") from error
         return merged.get_parameter(name.removeprefix(f"{owner}.")).detach()
 
-    return read
+    return attrs.evolve(state.tensors[name], read=read)
 
 
 def _copy_of(module: nn.Module, name: str, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
