@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
 
 import attrs
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightrft.errors import LawError
@@ -23,6 +24,21 @@ from lightrft.testing.laws.checkpoint.runs import named_bits
 from lightrft.testing.subject import Rank
 
 __all__ = ["LAWS"]
+
+
+_INDEX = "model.safetensors.index.json"
+_Problem: TypeAlias = Literal[
+    "cut",
+    "emptied",
+    "removed",
+    "shape",
+    "dtype",
+    "missing parameter",
+    "extra parameter",
+    "one of two files removed",
+    "two files exchanged",
+    "a tensor in both files",
+]
 
 
 class _Tokenizer:
@@ -39,12 +55,14 @@ class ExportCase:
         bf16: whether it is prepared to compute in bfloat16, where the strategy can.
         trained: whether it is prepared with an optimizer.
         there: whether the directory is there already.
+        split: whether the weights are put into two files with an index before they are loaded.
     """
 
     model: ModelCase
     bf16: bool
     trained: bool
     there: bool
+    split: bool
 
 
 @attrs.frozen(kw_only=True)
@@ -80,6 +98,7 @@ def _export_cases(world_size: int, /) -> SearchStrategy[ExportCase]:
         bf16=st.booleans(),
         trained=st.booleans(),
         there=st.booleans(),
+        split=st.booleans(),
     )
 
 
@@ -101,6 +120,8 @@ def _export(rank: Rank, case: ExportCase) -> Exported:
     path = strategy.save_model(model, directory, tokenizer=_Tokenizer())
     strategy.barrier()
     fresh = _prepared(strategy, attrs.evolve(case.model, seed=case.model.seed + 1), trained=case.trained)
+    if case.split:
+        on_first_rank(rank, strategy, _split, directory)
     strategy.load_model(fresh, directory)
     before = tree(directory)
     again = refusal_of(lambda: strategy.save_model(fresh, directory))
@@ -120,6 +141,23 @@ def _export(rank: Rank, case: ExportCase) -> Exported:
 def _written(directory: Path) -> dict[str, Tensor]:
     files = sorted(directory.glob("*.safetensors"))
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def _split(directory: Path) -> tuple[Path, Path]:
+    """Put the weights of an export into two files with an index; a tensor alone leaves the second one empty."""
+    tensors = _written(directory)
+    for file in (*directory.glob("*.safetensors"), *directory.glob(_INDEX)):
+        file.unlink()
+    names, paths = (
+        sorted(tensors),
+        (directory / "model-00001-of-00002.safetensors", directory / "model-00002-of-00002.safetensors"),
+    )
+    half = (len(names) + 1) // 2
+    for path, part in zip(paths, (names[:half], names[half:]), strict=True):
+        save_file({name: tensors[name] for name in part}, path, metadata={"format": "pt"})
+    weight_map = {name: paths[place >= half].name for place, name in enumerate(names)}
+    (directory / _INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return paths
 
 
 def _export_holds(harness: Harness, case: ExportCase) -> None:
@@ -156,7 +194,7 @@ class ImportCase:
     """
 
     model: ModelCase
-    problem: Literal["cut", "emptied", "removed", "shape", "dtype", "missing parameter", "extra parameter"]
+    problem: _Problem
     place: int
 
 
@@ -179,9 +217,7 @@ class Imported:
 def _import_case(draw: DrawFn) -> ImportCase:
     return ImportCase(
         model=draw(model_cases(exact=False)),
-        problem=draw(
-            st.sampled_from(["cut", "emptied", "removed", "shape", "dtype", "missing parameter", "extra parameter"])
-        ),
+        problem=draw(st.sampled_from(get_args(_Problem))),
         place=draw(st.integers(0, 2**12)),
     )
 
@@ -221,8 +257,22 @@ def _spoil(directory: Path, case: ImportCase) -> Callable[[], None]:
             file.write_bytes(b"")
         elif case.problem == "removed":
             file.unlink()
+        elif case.problem in ("one of two files removed", "two files exchanged", "a tensor in both files"):
+            _spoil_set(directory, case.problem)
 
     return spoil
+
+
+def _spoil_set(directory: Path, problem: _Problem) -> None:
+    first, second = _split(directory)
+    if problem == "one of two files removed":
+        second.unlink()
+    elif problem == "two files exchanged":
+        kept = first.read_bytes()
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(kept)
+    else:
+        save_file({**load_file(second), **dict([next(iter(load_file(first).items()))])}, second)
 
 
 def _import_holds(harness: Harness, case: ImportCase) -> None:
@@ -236,12 +286,14 @@ LAWS: tuple[Law, ...] = (
     Law(
         id="export.round_trip",
         statement="An export holds the plain model's tensors under its own names, bit for bit, in safetensors files; "
-        "loading it gives them back, and a directory with files is never written into.",
+        "loading it gives them back, from several files with an index too, and a directory with files is never written "
+        "into.",
         check=for_all(_export_cases, _export_holds),
     ),
     Law(
         id="export.refused",
-        statement="An export that is damaged or of another structure is a CheckpointError, and no tensor is loaded.",
+        statement="An export that is damaged, of another structure or of files that its index does not describe is a "
+        "CheckpointError, and no tensor is loaded.",
         check=for_all(_import_cases, _import_holds),
     ),
 )

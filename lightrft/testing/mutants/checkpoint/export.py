@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol
 
 import attrs
@@ -22,6 +23,7 @@ __all__ = ["MUTANTS"]
 
 _PREFIX = "_orig_mod."
 _HEAD = "head.weight"
+_INDEX = "model.safetensors.index.json"
 
 
 class _Write(Protocol):
@@ -99,6 +101,30 @@ def _load_half(strategy: Strategy) -> LoadModel:
     return load_model
 
 
+def _load_first_file(strategy: Strategy) -> LoadModel:
+    def load_model(model: nn.Module, load_dir: str | os.PathLike[str]) -> None:
+        if (Path(load_dir) / _INDEX).exists():
+            _copy_what_fits(strategy.unwrap_model(model), Path(load_dir))
+        else:
+            strategy.load_model(model, load_dir)
+
+    return load_model
+
+
+def _load_without_index(strategy: Strategy) -> LoadModel:
+    def load_model(model: nn.Module, load_dir: str | os.PathLike[str]) -> None:
+        files = sorted(Path(load_dir).glob("*.safetensors"))
+        if not (Path(load_dir) / _INDEX).exists() or len(files) == 1:
+            strategy.load_model(model, load_dir)
+            return
+        tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        with TemporaryDirectory() as other:
+            save_file(tensors, Path(other) / "model.safetensors")
+            strategy.load_model(model, other)
+
+    return load_model
+
+
 def _copy_what_fits(model: nn.Module, directory: Path) -> bool:
     """Copy the tensors that the model has in the same shape; return whether the files could be read."""
     live = model.state_dict()
@@ -153,6 +179,16 @@ MUTANTS: tuple[Mutant, ...] = (
         "export.round_trip.overwritten",
         "An export replaces whatever stands in its directory.",
         _overwrite,
+    ),
+    strategy_mutant(
+        "export.round_trip.first_file",
+        "Of several files the first alone is loaded.",
+        _loading(_load_first_file),
+    ),
+    strategy_mutant(
+        "export.refused.index_ignored",
+        "All files of a directory are loaded, without a look at their index.",
+        _loading(_load_without_index),
     ),
     strategy_mutant(
         "export.refused.half_loaded",
