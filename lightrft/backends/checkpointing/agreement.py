@@ -23,16 +23,17 @@ def together(collectives: Collectives, action: Callable[[], dict[str, Json]]) ->
         action: what this rank does.
 
     Raises:
-        LightRFTError: this rank's own error.
+        Exception: this rank's own error.
         CheckpointError: another rank's, with its number.
     """
     result: dict[str, Json] = {}
-    failure: LightRFTError | None = None
+    failure: Exception | None = None
     try:
         result = action()
-    except LightRFTError as error:
+    except Exception as error:  # noqa: BLE001 (of a user's tokenizer, say: others must not wait for this rank)
         failure = error
-    messages = _exchange(collectives, {"error": None if failure is None else str(failure), "result": result})
+    told = None if failure is None else str(failure) if isinstance(failure, LightRFTError) else repr(failure)
+    messages = _exchange(collectives, {"error": told, "result": result})
     if failure is not None:
         raise failure
     for rank, message in enumerate(messages):

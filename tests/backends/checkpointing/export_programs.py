@@ -20,7 +20,7 @@ from lightrft.backends.checkpointing.access import StateAccess
 from lightrft.backends.checkpointing.access_deepspeed import build_access
 from lightrft.backends.checkpointing.huggingface import build_save_model
 from lightrft.backends.checkpointing.live import build_live_access
-from lightrft.errors import LightRFTError
+from lightrft.errors import CheckpointError, LightRFTError
 from lightrft.strategy.protocols.checkpointing import AdaptersKind
 from lightrft.strategy.record import Strategy
 from lightrft.testing.subject import Rank
@@ -195,3 +195,21 @@ def export(rank: Rank, case: Case) -> Seen:
         largest=max(sizes),
         total=sum(sizes),
     )
+
+
+def export_with_a_failing_tokenizer(rank: Rank, directory: str) -> str:
+    """Return the error of an export whose tokenizer cannot write itself."""
+
+    class Failing:
+        def save_pretrained(self, save_directory: str, /) -> None:
+            del save_directory
+            raise KeyError("vocabulary")
+
+    strategy = rank.build(rank.config)
+    strategy.setup_distributed()
+    model = strategy.prepare(llama(0, tied=True))
+    try:
+        strategy.save_model(model, directory, tokenizer=Failing())
+    except (KeyError, CheckpointError) as error:
+        return repr(error)
+    return ""

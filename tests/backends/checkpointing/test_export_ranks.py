@@ -122,6 +122,14 @@ def test_a_layer_that_cannot_be_merged_is_an_error_of_all(
     require_untouched(seen, with_error=broken == 0)
 
 
+def test_a_failing_tokenizer_is_an_error_of_all(tmp_path: Path, programs: ModuleType, run: RunOnRanks) -> None:
+    """Rank 0 raises the tokenizer's own error, the others name rank 0 instead of waiting, and nothing is left."""
+    first, *others = run(programs.export_with_a_failing_tokenizer, str(tmp_path / "out"))
+    assert first == "KeyError('vocabulary')"
+    assert all(error == """CheckpointError("rank 0: KeyError('vocabulary')")""" for error in others)
+    assert list(tmp_path.iterdir()) == []
+
+
 def require_untouched(seen: list[Any], *, with_error: bool = False) -> None:
     """Check that no rank's tensors have changed, nor any layer's note of what it has merged."""
     for rank in seen:
