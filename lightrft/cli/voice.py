@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from lightrft.backends.launch import rank_of_launch, world_size_of_launch
-from lightrft.cli.failures import EXIT_FAILED, UnsaidError, exit_code, explain, is_effect
+from lightrft.cli.failures import EXIT_FAILED, UnsaidError, exit_code, is_effect
 from lightrft.errors import ConfigError, InterruptedRunError
 
 if TYPE_CHECKING:
@@ -24,15 +24,16 @@ _PATIENCE = timedelta(seconds=2)
 _GRACE_SECONDS = 1.0
 """How long a rank that lost another one waits for word of the cause, which whoever failed leaves before it goes."""
 
-_FAILED, _CODE = "failed", "code"
+_FAILED, _CODE, _WORDS = "failed", "code", "words"
 
 
 @contextmanager
 def one_voice() -> Generator[None]:
     """Let an error be raised on one rank alone, and on the others an `UnsaidError`, which nobody hears.
 
-    An error that several ranks meet is said by the first of them. The loss of another rank is said by nobody where that
-    rank has said what became of it. Without a launcher, or where its store does not answer, every error is raised.
+    Of several ranks that fail, the first speaks: the others met the same in words of their own, or heard of it. The
+    loss of another rank is said by nobody where that rank has said what became of it. Without a launcher, or where its
+    store does not answer, every error is raised.
     """
     try:
         yield
@@ -57,16 +58,18 @@ def voice_of_rank(error: BaseException) -> str:
         return ""
 
 
-def leave_word(board: Store, code: int) -> None:
-    """Say on the board that the run has failed, and what it is to end with.
+def leave_word(board: Store, code: int) -> bool:
+    """Say on the board that the run has failed, and what it is to end with; return whether nobody had said so before.
 
     Args:
         board: see `find_board`.
         code: exit code of the cause.
     """
-    # what is set first stays: an effect never takes the place of its cause
-    board.compare_set(_CODE, "", str(code))
+    # what is set first stays: an effect never takes the place of its cause; a number of its own tells whose word it is
+    mine = f"{code} {board.add(_WORDS, 1)}"
+    is_first = board.compare_set(_CODE, "", mine) == mine.encode()
     board.set(_FAILED, "yes")
+    return is_first
 
 
 def code_of_ranks(board: Store) -> int | None:
@@ -75,7 +78,7 @@ def code_of_ranks(board: Store) -> int | None:
     Args:
         board: see `find_board`.
     """
-    return int(board.get(_CODE)) if board.check([_CODE]) else None
+    return int(board.get(_CODE).split()[0]) if board.check([_CODE]) else None
 
 
 def is_first_to_say(text: str) -> bool:
@@ -120,10 +123,8 @@ def _is_first(board: Store, error: BaseException) -> bool:
     if is_effect(error):
         if _has_failed(board):
             return False
-        leave_word(board, EXIT_FAILED)
-        return board.add("effects", 1) == 1
-    leave_word(board, exit_code(error))
-    return _is_new(board, "\n".join(explain(error)))
+        return leave_word(board, EXIT_FAILED)
+    return leave_word(board, exit_code(error))
 
 
 def _has_failed(board: Store) -> bool:

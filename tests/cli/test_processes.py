@@ -16,8 +16,10 @@ from typing import Protocol
 import psutil
 import pytest
 from cli_runs import REPOSITORY, Outcome
+from torch._C._distributed_c10d import HashStore
 
 from lightrft.cli import main
+from lightrft.cli.voice import code_of_ranks, leave_word
 from lightrft.tracking.files import channel_path
 
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
@@ -40,6 +42,8 @@ def share_of_odd_digits(prompt, completion, answer):
             raise KeyError("no such rubric")
         if FAILURE == "waits":
             time.sleep(3600)
+    if FAILURE == "all raise":  # each rank names a prompt of its own
+        raise KeyError("no such rubric")
     if FAILURE == "slow":
         time.sleep(0.02)
     return sum(character in "13579" for character in completion) / 4
@@ -81,6 +85,11 @@ def start(workplace: Path) -> Iterator[Start]:
 def ended(process: subprocess.Popen[str]) -> Outcome:
     out, err = process.communicate(timeout=120)
     return Outcome(code=process.returncode, out=out, err=err)
+
+
+def lines_of_ours(outcome: Outcome) -> list[str]:
+    """What torchrun itself has to say is left out."""
+    return [line for line in outcome.err.splitlines() if line.startswith("lightrft: ")]
 
 
 def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -152,14 +161,31 @@ def test_one_rank_takes_the_others_down(start: Start, failure: str, words: str) 
     assert not any(rank.is_running() for rank in ranks)
 
 
+@pytest.mark.parametrize("program", [(), TORCHRUN], ids=["nproc", "torchrun"])
+def test_an_error_of_all_ranks_is_said_by_one(start: Start, program: tuple[str, ...]) -> None:
+    """What every rank meets comes out once, even where each has words of its own for it."""
+    own = () if program else ("--nproc=2",)
+    outcome = ended(start(*SHORT, "--quiet", *own, program=program, FAILURE="all raise"))
+    assert outcome.code == 1
+    (said,) = lines_of_ours(outcome)
+    assert "error: reward='share_of_odd_digits' for prompt=" in said
+
+
+def test_one_word_is_left_first() -> None:
+    """Of all who leave word one is told that it was the first, and its code is what the run ends with."""
+    board = HashStore()
+    assert code_of_ranks(board) is None
+    assert [leave_word(board, code) for code in (2, 2, 1)] == [True, False, False]
+    assert code_of_ranks(board) == 2
+
+
 def test_a_killed_rank_ends_a_run_of_torchrun(start: Start) -> None:
     """Under torchrun the rank that is left names the one that was killed, once, and torchrun's exit code is not 0."""
     outcome = ended(start(*SHORT, "--quiet", program=TORCHRUN, FAILURE="killed"))
     assert outcome.code == 1
-    said = [line for line in outcome.err.splitlines() if line.startswith("lightrft: ")]
-    assert len(said) == 1
-    assert said[0].startswith("lightrft: rank 0: error: ")
-    assert "rank 1 did not enter it" in said[0]
+    (said,) = lines_of_ours(outcome)
+    assert said.startswith("lightrft: rank 0: error: ")
+    assert "rank 1 did not enter it" in said
 
 
 def test_a_signal_to_the_parent_stops_all_ranks_with_a_checkpoint(start: Start) -> None:
@@ -207,9 +233,8 @@ def test_a_world_size_that_does_not_divide_the_window_is_refused_once(start: Sta
     own = ended(start("strategy.micro_train_batch_size=8", "--nproc=2"))
     assert (own.code, own.line) == (2, f"lightrft: error: {words}")
     under_torchrun = ended(start("strategy.micro_train_batch_size=8", program=TORCHRUN))
-    said = [line for line in under_torchrun.err.splitlines() if line.startswith("lightrft: ")]
-    assert len(said) == 1
-    assert said[0].endswith(words)
+    (said,) = lines_of_ours(under_torchrun)
+    assert said.endswith(words)
     assert not Path("run/config.toml").exists()
 
 
