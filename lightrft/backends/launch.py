@@ -18,7 +18,8 @@ __all__ = [
 
 _RANK = ("RANK", "SLURM_PROCID")
 _LOCAL_RANK = ("LOCAL_RANK", "SLURM_LOCALID")
-_WORLD_SIZE = ("WORLD_SIZE", "SLURM_NTASKS")
+# not SLURM_NTASKS, which a batch script has too, and a shell in an allocation: neither is one of those tasks
+_WORLD_SIZE = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 _NODES = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST", "SLURM_LAUNCH_NODE_IPADDR")
 
 _LOWEST_PORT, _NUM_PORTS = 15000, 10000
@@ -26,15 +27,13 @@ _LOWEST_PORT, _NUM_PORTS = 15000, 10000
 
 
 def world_size_of_launch() -> int:
-    """Return how many processes the launcher started: `WORLD_SIZE`, else `SLURM_NTASKS` of a task, else 1.
+    """Return how many processes the launcher started: `WORLD_SIZE`, else `SLURM_STEP_NUM_TASKS`, else 1.
 
     Raises:
         ConfigError: it is no positive integer.
     """
     name, written = _found(_WORLD_SIZE)
-    # a shell inside an allocation knows of its tasks too, and is none of them
-    is_outside = name == "SLURM_NTASKS" and "SLURM_PROCID" not in os.environ
-    return 1 if written is None or is_outside else _integer(name, written, low=1)
+    return 1 if written is None else _integer(name, written, low=1)
 
 
 def rank_of_launch() -> int:
@@ -47,7 +46,7 @@ def rank_of_launch() -> int:
     name, written = _found(_RANK)
     if written is None and world_size > 1:
         raise _missing(name)
-    # a shell inside an allocation may have a number where it is alone
+    # a batch script has a number where it is alone
     if written is None or (name == "SLURM_PROCID" and world_size == 1):
         return 0
     return _integer(name, written, low=0, below=world_size)

@@ -16,7 +16,7 @@ TORCHRUN = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "1
 SLURM = {
     "SLURM_PROCID": "5",
     "SLURM_LOCALID": "2",
-    "SLURM_NTASKS": "9",
+    "SLURM_STEP_NUM_TASKS": "9",
     "SLURM_JOB_ID": "1234567",
     "SLURM_JOB_NODELIST": "node[003-005,007]",
     "SLURM_LAUNCH_NODE_IPADDR": "192.168.0.1",
@@ -26,7 +26,7 @@ SLURM = {
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """No launcher's variable is set."""
-    for name in (*TORCHRUN, *SLURM, "SLURM_NODELIST", "SLURM_STEP_NODELIST"):
+    for name in (*TORCHRUN, *SLURM, "SLURM_NTASKS", "SLURM_NODELIST", "SLURM_STEP_NODELIST"):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -58,10 +58,19 @@ def test_torchrun_wins_over_slurm(environment: pytest.MonkeyPatch) -> None:
 
 
 def test_a_plain_process_is_alone(environment: pytest.MonkeyPatch) -> None:
-    """Without a launcher there is one process, also in a shell of an allocation that is none of its tasks."""
+    """Without a launcher there is one process, also in a shell of an allocation, which is none of its tasks."""
     assert (rank_of_launch(), local_rank_of_launch(), world_size_of_launch()) == (0, 0, 1)
     environment.setenv("SLURM_NTASKS", "4")
     assert (rank_of_launch(), world_size_of_launch()) == (0, 1)
+
+
+def test_a_batch_script_is_alone(environment: pytest.MonkeyPatch) -> None:
+    """It has a number as tasks have, and knows how many tasks there may be, but srun has started none of them."""
+    of_script = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
+    set_all(environment, of_script)
+    assert (rank_of_launch(), local_rank_of_launch(), world_size_of_launch()) == (0, 0, 1)
+    set_all(environment, {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"})  # by srun -n 2 in it
+    assert (rank_of_launch(), local_rank_of_launch(), world_size_of_launch()) == (1, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -93,8 +102,8 @@ def test_the_nodes_of_the_step_come_first(environment: pytest.MonkeyPatch) -> No
     ("name", "written", "words"),
     [
         ("SLURM_PROCID", "9", "SLURM_PROCID='9' is not an integer from 0 to 8"),
-        ("SLURM_NTASKS", "many", "SLURM_NTASKS='many' is not an integer from 1 up"),
-        ("SLURM_JOB_ID", None, "MASTER_PORT is not set and SLURM_NTASKS=9"),
+        ("SLURM_STEP_NUM_TASKS", "many", "SLURM_STEP_NUM_TASKS='many' is not an integer from 1 up"),
+        ("SLURM_JOB_ID", None, "MASTER_PORT is not set and SLURM_STEP_NUM_TASKS=9"),
         ("SLURM_JOB_ID", "job", "SLURM_JOB_ID='job' is not an integer"),
         ("MASTER_PORT", "70000", "MASTER_PORT='70000' is not an integer from 0 to 65535"),
     ],

@@ -110,7 +110,7 @@ def num_rows() -> int:
 
 def ended_on_two_tasks(start: Start, *words: str, of_rank_1: tuple[str, ...] = (), **variables: str) -> list[Outcome]:
     """What two processes say that SLURM has started."""
-    of_both = {"SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "localhost", **variables}
+    of_both = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_NODELIST": "localhost", **variables}
     processes = [
         start(*words, *(of_rank_1 if rank else ()), **of_both, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank))
         for rank in range(2)
