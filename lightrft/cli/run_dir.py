@@ -19,8 +19,23 @@ __all__ = ["CONFIG_NAME", "bind_config", "find_config", "open_run_dir"]
 CONFIG_NAME = "config.toml"
 """The configuration that a run began with; written at its first start."""
 
-_FREE = ("checkpoint.", "run.threads", "run.dir")
-"""Settings that do not change what a run computes."""
+_FREE = (
+    "checkpoint.",
+    "run.threads",
+    "run.dir",
+    # who computes, and where parts lie: a checkpoint goes into any strategy and any number of ranks
+    "strategy.strategy",
+    "strategy.fsdp",  # and all that begin so
+    "strategy.zero_",
+    "strategy.timeout",
+    "strategy.enable_engine_sleep",
+    # how much at a time: the window, which is what a step learns from, stays
+    "strategy.micro_train_batch_size",
+    "strategy.gradient_checkpointing",
+    "strategy.compile_layers",
+    "engine.batch_size",
+)
+"""What settings begin with that change how a run computes, and not what, but for rounding."""
 
 _NUM_SHOWN = 3
 

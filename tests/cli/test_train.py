@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,10 @@ from cli_runs import Cli
 from lightrft.cli.run_dir import open_run_dir
 from lightrft.config import load_config, to_toml
 from lightrft.tracking.files import channel_path, read_rows
+
+
+def numbers_of(row: Mapping[str, object]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if isinstance(value, (int, float))}
 
 
 def test_a_run_from_beginning_to_end_and_again(cli: Cli, workplace: Path) -> None:
@@ -68,6 +74,43 @@ def test_what_would_change_a_resumed_run_is_refused(cli: Cli) -> None:
     ):
         assert words in refused.line
     assert cli("train", "run.toml", *short, "checkpoint.save_every=7", "run.threads=2").code == 0
+
+
+@pytest.mark.usefixtures("workplace")
+def test_a_run_goes_on_by_other_means(cli: Cli) -> None:
+    """Strategy, sharding, micro-batches and timeout may change while a run lasts: what it logs is the same."""
+    short = ("run.warmup_steps=0", "run.num_steps=3", "checkpoint.save_every=1", "--quiet")
+    assert cli("train", "run.toml", *short).code == 0
+    before = list(read_rows(channel_path("run", "metrics")))
+    for directory in (max(Path("run/checkpoints").glob("step-*")), Path("run/model")):
+        shutil.rmtree(directory)
+    means = (
+        "strategy.strategy=fsdp2",
+        "strategy.fsdp_reshard_after_forward=false",
+        "strategy.zero_stage=1",
+        "strategy.gradient_checkpointing=true",
+        "strategy.micro_train_batch_size=2",
+        "strategy.enable_engine_sleep=true",
+        "strategy.timeout=60",
+        "engine.batch_size=3",
+    )
+    outcome = cli("train", "run.toml", *short, *means)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "resumed from step 2 of 3" in outcome.out
+    after = list(read_rows(channel_path("run", "metrics")))
+    assert [row["kind"] for row in after] == [row["kind"] for row in before]
+    assert numbers_of(after[-1]) == pytest.approx(numbers_of(before[-1]), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.usefixtures("workplace")
+@pytest.mark.parametrize("change", ["strategy.bf16=true", "strategy.train_batch_size=4", "engine.type=scripted"])
+def test_the_mathematics_of_a_run_stay(cli: Cli, change: str) -> None:
+    """What is computed, and in which precision, is bound to the run."""
+    short = ("run.warmup_steps=0", "run.num_steps=0", "--quiet")
+    assert cli("train", "run.toml", *short).code == 0
+    refused = cli("train", "run.toml", *short, change)
+    assert refused.code == 2
+    assert "would change a run that goes on from a checkpoint" in refused.line
 
 
 def test_a_finished_model_without_a_checkpoint_is_not_passed_off_as_new(cli: Cli, workplace: Path) -> None:
