@@ -16,6 +16,7 @@ from lightrft.planning.line import Line
 from lightrft.planning.memory import Sharing, Work, memory_of_rank
 from lightrft.planning.sizes import sizes_of
 from lightrft.strategy.build import chosen_key
+from lightrft.strategy.registry import find_engine, find_strategy
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +33,7 @@ _MAX_LIVE = 1_000_000_000
 
 
 def check_ranks(config: Config, world_size: int) -> None:
-    """Refuse settings that contradict one another, and a number of ranks that they do not allow.
+    """Refuse settings that contradict one another or choose what nobody registered, and ranks that they do not allow.
 
     Args:
         config: the run.
@@ -47,7 +48,9 @@ def check_ranks(config: Config, world_size: int) -> None:
     check_settings(config)
     if world_size < 1:
         raise ConfigError(f"world_size={world_size} is no number of ranks; use 1 or more.")
-    key, copies = chosen_key(config.strategy), config.strategy.fsdp_replicate
+    key, copies, near_ranks = chosen_key(config.strategy), config.strategy.fsdp_replicate, config.strategy.zero_hpz
+    find_strategy(key)
+    find_engine(config.engine.type)
     if key in {"single", "fake"} and world_size > 1:
         raise ConfigError(
             f"world_size={world_size} is more than strategy={key!r} supports, which is one process; set "
@@ -55,6 +58,8 @@ def check_ranks(config: Config, world_size: int) -> None:
         )
     if key == "fsdp2" and world_size % copies:
         raise ConfigError(f"fsdp_replicate={copies} does not divide world_size({world_size}); use one of its divisors.")
+    if key == "deepspeed" and config.strategy.zero_stage == 3 and world_size % near_ranks:
+        raise ConfigError(f"zero_hpz={near_ranks} does not divide world_size({world_size}); use one of its divisors.")
     check_world(config, world_size)
 
 

@@ -8,12 +8,11 @@ from typing import cast
 import attrs
 
 from lightrft.config.root import Config
-from lightrft.errors import ConfigError, nearest
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.protocols.rollout import BuildEngine
 from lightrft.strategy.protocols.strategy import BuildStrategy
 from lightrft.strategy.record import Strategy
-from lightrft.strategy.registry import find_engine, registered_strategies
+from lightrft.strategy.registry import find_engine, find_strategy
 
 __all__ = ["chosen_key", "get_strategy", "strategy_config"]
 
@@ -47,11 +46,7 @@ def get_strategy(
         >>> strategy.teardown()
     """
     config = strategy_config(args)
-    known = registered_strategies() if registry is None else registry
-    key = chosen_key(config)
-    if key not in known:
-        raise ConfigError(f"strategy={key!r} is not registered; {nearest(key, known)}.")
-    strategy = known[key](config)
+    strategy = find_strategy(chosen_key(config), registry)(config)
     return strategy if engines is None else _with_engines(strategy, config, engines)
 
 

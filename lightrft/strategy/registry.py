@@ -18,7 +18,14 @@ from lightrft.strategy.protocols.rollout import BuildEngine, Engine
 from lightrft.strategy.protocols.strategy import BuildStrategy
 from lightrft.strategy.record import Strategy
 
-__all__ = ["ENGINES", "STRATEGIES", "find_engine", "registered_engines", "registered_strategies"]
+__all__ = [
+    "ENGINES",
+    "STRATEGIES",
+    "find_engine",
+    "find_strategy",
+    "registered_engines",
+    "registered_strategies",
+]
 
 
 def _build_single(config: StrategyConfig) -> Strategy:
@@ -146,6 +153,22 @@ def registered_engines() -> Mapping[str, BuildEngine]:
     """
     points = read_entry_points(ENGINE_GROUP, ENGINES)
     return MappingProxyType({**ENGINES, **{name: _engine_of(point) for name, point in points.items()}})
+
+
+def find_strategy(key: str, strategies: Mapping[str, BuildStrategy] | None = None) -> BuildStrategy:
+    """Return the builder of a strategy.
+
+    Args:
+        key: its name.
+        strategies: where to look; None means `registered_strategies()`.
+
+    Raises:
+        ConfigError: there is none of this name; the known ones are listed.
+    """
+    known = registered_strategies() if strategies is None else strategies
+    if key not in known:
+        raise ConfigError(f"strategy={key!r} is not registered; {nearest(key, known)}.")
+    return known[key]
 
 
 def find_engine(key: str, engines: Mapping[str, BuildEngine] | None = None) -> BuildEngine:

@@ -188,6 +188,12 @@ def test_a_strategy_of_somebody_else_is_taken_to_share_nothing() -> None:
         ({}, 0, "world_size=0 is no number of ranks; use 1 or more."),
         ({"strategy": "single"}, 2, "world_size=2 is more than strategy='single' supports, which is one process"),
         ({"strategy": "fsdp2", "fsdp_replicate": 3}, 4, "fsdp_replicate=3 does not divide world_size(4)"),
+        ({"strategy": "fdsp2"}, 2, "strategy='fdsp2' is not registered; did you mean 'fsdp2'? Known: "),
+        (
+            {"strategy": "deepspeed", "zero_stage": 3, "zero_hpz": 2},
+            3,
+            "zero_hpz=2 does not divide world_size(3); use one of its divisors.",
+        ),
         (
             {"train_batch_size": 4},
             8,
@@ -202,3 +208,12 @@ def test_a_number_of_ranks_that_cannot_be_is_refused(changes: dict[str, object],
     with pytest.raises(ConfigError) as refused:
         check_ranks(config, world_size)
     assert words in str(refused.value)
+
+
+def test_what_is_said_of_a_run_is_said_of_what_it_uses() -> None:
+    """Copies of shards that no stage makes are no reason to refuse; an engine that nobody knows is one."""
+    unused = StrategyConfig(strategy="deepspeed", zero_stage=2, zero_hpz=2, train_batch_size=3)
+    algorithm = AlgorithmConfig(prompts_per_step=3, num_samples=2)
+    check_ranks(Config(strategy=unused, algorithm=algorithm), 3)
+    with pytest.raises(ConfigError, match="engine_type='nope' is not registered; Known: "):
+        check_ranks(Config(strategy=unused, algorithm=algorithm, engine=EngineConfig(type="nope")), 3)
