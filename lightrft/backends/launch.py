@@ -115,7 +115,8 @@ def require_one_process(strategy: str) -> None:
     if world_size > 1:
         raise UnsupportedError(
             f"{_found(_WORLD_SIZE)[0]}={world_size} is more than strategy={strategy!r} supports, which is one process "
-            f"(each of {world_size} would train alone); start it alone, or with --nproc-per-node=1."
+            f"(each of {world_size} would train alone); start it alone, or with --nproc-per-node=1, or set "
+            "strategy.strategy=fsdp2 or deepspeed."
         )
 
 

@@ -124,10 +124,10 @@ def _starts_ranks(num_ranks: int) -> bool:
 
 
 def _run_ranks(config: Config, options: _Options, args: argparse.Namespace, should_stop: ShouldStop) -> int:
-    from lightrft.backends.training.ranks import steps_of_rank
     from lightrft.cli.processes import run_ranks
+    from lightrft.planning.run import check_ranks
 
-    steps_of_rank(config.strategy, args.nproc)  # said before anything is started
+    check_ranks(config, args.nproc)  # said before anything is started
     flags = [*(["--quiet"] if args.quiet else []), *(["--debug"] if args.debug else [])]
     return run_ranks(args.nproc, ["train", *options.words, *flags], should_stop)
 
@@ -169,21 +169,19 @@ def _again(args: argparse.Namespace) -> list[str]:
 
 def _train(config: Config, options: _Options, directory: Path, should_stop: ShouldStop, at_end: ExitStack) -> None:
     # heavy imports after all that can be refused without them
-    from lightrft.backends.training.ranks import steps_of_rank
     from lightrft.cli.agreement import check_ranks_agree
     from lightrft.cli.preflight import check_problems, set_threads
     from lightrft.loops.parts import build_parts
     from lightrft.loops.run import checkpoint_dir
     from lightrft.loops.train import train
+    from lightrft.planning.run import check_ranks
     from lightrft.strategy import get_strategy
-    from lightrft.strategy.registry import find_engine
     from lightrft.testing.checked import checked
     from lightrft.tracking.tracker import no_tracker
 
     set_threads(config.run.threads)
+    check_ranks(config, world_size_of_launch())  # said now, and not after the warm-up
     strategy = checked(get_strategy(config)) if options.is_checked else get_strategy(config)
-    find_engine(config.engine.type)  # said now, and not after the warm-up
-    steps_of_rank(config.strategy, world_size_of_launch())
     at_end.callback(strategy.teardown)
     world = strategy.setup_distributed()
     if world.world_size > 1:

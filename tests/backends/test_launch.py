@@ -8,9 +8,10 @@ from lightrft.backends.launch import (
     address_of_launch,
     local_rank_of_launch,
     rank_of_launch,
+    require_one_process,
     world_size_of_launch,
 )
-from lightrft.errors import ConfigError
+from lightrft.errors import ConfigError, UnsupportedError
 
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4711"}
 SLURM = {
@@ -119,3 +120,13 @@ def test_what_makes_no_sense_is_named(
         environment.setenv(name, written)
     with pytest.raises(ConfigError, match=words):
         place()
+
+
+def test_a_strategy_of_one_process_says_what_takes_more(environment: pytest.MonkeyPatch) -> None:
+    """Whoever wanted several processes is told of the strategies for them, not only of the launcher's variable."""
+    require_one_process("single")
+    set_all(environment, TORCHRUN)
+    with pytest.raises(
+        UnsupportedError, match=r"^WORLD_SIZE=2 is more .* or set strategy\.strategy=fsdp2 or deepspeed\.$"
+    ):
+        require_one_process("single")

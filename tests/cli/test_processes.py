@@ -25,6 +25,7 @@ from lightrft.tracking.files import channel_path
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
 SHORT = ("run.warmup_steps=0", "run.num_steps=3", "run.evaluate_every=0", "strategy.timeout=30")
 LONG = ("run.warmup_steps=0", "run.num_steps=1000", "run.evaluate_every=0", "--quiet")
+THREE_PROMPTS = ("strategy.train_batch_size=24", "algorithm.prompts_per_step=3", "algorithm.num_samples=8")
 
 REWARDS = """\
 import os, time
@@ -235,6 +236,40 @@ def test_a_world_size_that_does_not_divide_the_window_is_refused_once(start: Sta
     under_torchrun = ended(start("strategy.micro_train_batch_size=8", program=TORCHRUN))
     (said,) = lines_of_ours(under_torchrun)
     assert said.endswith(words)
+    assert not Path("run/config.toml").exists()
+
+
+@pytest.mark.usefixtures("workplace")
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ((), "world_size=2 is more than strategy='single' supports, which is one process; set strategy.strategy="),
+        (
+            ("strategy.strategy=fsdp2", *THREE_PROMPTS),
+            "algorithm.prompts_per_step=3 is not divisible by world_size(2); use 2 or 4.",
+        ),
+        (("strategy.strategy=fsdp2", "engine.type=nope"), "engine_type='nope' is not registered; Known: "),
+    ],
+)
+def test_what_two_ranks_cannot_do_is_refused_before_they_start(
+    capsys: pytest.CaptureFixture[str], settings: tuple[str, ...], words: str
+) -> None:
+    """The process that would start them says it, in the user's own terms, and nothing is written."""
+    assert main(["train", "run.toml", "--nproc=2", *settings]) == 2
+    assert words in capsys.readouterr().err
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+@pytest.mark.usefixtures("workplace")
+def test_what_a_rank_of_two_cannot_do_is_refused_before_they_meet(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Under a launcher each rank sees it by itself: it neither waits for others nor writes a configuration."""
+    monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main(["train", "run.toml", "--strategy=fsdp2", *THREE_PROMPTS]) == 2
+    assert "algorithm.prompts_per_step=3 is not divisible by world_size(2); use 2 or 4." in capsys.readouterr().err
     assert not Path("run/config.toml").exists()
 
 
