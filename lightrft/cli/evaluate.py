@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import attrs
 
+from lightrft.backends.launch import world_size_of_launch
 from lightrft.cli.command import Command
 from lightrft.cli.failures import EXIT_OK
 from lightrft.cli.run_dir import find_config
 from lightrft.cli.terminal import say
+from lightrft.cli.voice import one_voice, quieten_torch
 from lightrft.config import Config, load_config
 from lightrft.errors import ConfigError
 
@@ -33,16 +36,26 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
-    paths = [word for word in words if "=" not in word]
-    if len(paths) != 1:
-        raise ConfigError(f"{len(paths)} directories are given; name one: lightrft evaluate RUN_DIR.")
-    loaded = load_config(find_config(paths[0]), [word for word in words if "=" in word])
-    config = attrs.evolve(loaded, run=attrs.evolve(loaded.run, dir=paths[0]))  # a run may have been moved
-    _evaluate(config, num_shown=max(0, args.samples))
+    # what this rank has to say must be said before others see that it is gone
+    with ExitStack() as at_end, one_voice():
+        paths = [word for word in words if "=" not in word]
+        if len(paths) != 1:
+            raise ConfigError(f"{len(paths)} directories are given; name one: lightrft evaluate RUN_DIR.")
+        loaded = load_config(find_config(paths[0]), [word for word in words if "=" in word])
+        config = attrs.evolve(loaded, run=attrs.evolve(loaded.run, dir=paths[0]))  # a run may have been moved
+        quieten_torch(is_debug=args.debug)
+        _evaluate(_without_copies(config), at_end, num_shown=max(0, args.samples))
     return EXIT_OK
 
 
-def _evaluate(config: Config, *, num_shown: int) -> None:
+def _without_copies(config: Config) -> Config:
+    """Return a configuration that one process can have, if there is one: the run may have had many."""
+    if world_size_of_launch() > 1:
+        return config
+    return attrs.evolve(config, strategy=attrs.evolve(config.strategy, fsdp_replicate=1, zero_hpz=1))
+
+
+def _evaluate(config: Config, at_end: ExitStack, *, num_shown: int) -> None:
     from lightrft.cli.preflight import check_problems, set_threads
     from lightrft.loops.evaluate import evaluate
     from lightrft.loops.parts import build_parts
@@ -52,16 +65,15 @@ def _evaluate(config: Config, *, num_shown: int) -> None:
     strategy = get_strategy(config)
     parts = build_parts(config)
     check_problems(parts, config)
-    strategy.setup_distributed()
-    try:
-        model, source = _restore(strategy, config, parts)
-        with strategy.setup_inference_engine(config.engine, actor=model, tokenizer=parts.tokenizer) as engine:
-            result = evaluate(
-                strategy, engine, parts.heldout, tokenizer=parts.tokenizer, reward=parts.reward, config=config.engine
-            )
-    finally:
-        strategy.teardown()
-    _show(result, source, num_shown=num_shown)
+    at_end.callback(strategy.teardown)
+    world = strategy.setup_distributed()
+    model, source = _restore(strategy, config, parts)
+    with strategy.setup_inference_engine(config.engine, actor=model, tokenizer=parts.tokenizer) as engine:
+        result = evaluate(
+            strategy, engine, parts.heldout, tokenizer=parts.tokenizer, reward=parts.reward, config=config.engine
+        )
+    if world.rank == 0:
+        _show(result, source, num_shown=num_shown)
 
 
 def _restore(strategy: Strategy, config: Config, parts: Parts) -> tuple[nn.Module, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -18,7 +17,7 @@ from lightrft.cli.command import Command
 from lightrft.cli.failures import EXIT_OK
 from lightrft.cli.run_dir import bind_config, open_run_dir
 from lightrft.cli.terminal import command_line, say
-from lightrft.cli.voice import one_voice
+from lightrft.cli.voice import one_voice, quieten_torch
 from lightrft.config import Config, apply_overrides, load_config, to_toml
 from lightrft.config.redaction import HIDDEN, redact
 from lightrft.errors import CheckpointError, ConfigError, InterruptedRunError
@@ -87,7 +86,7 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
             return EXIT_OK
         if _starts_ranks(args.nproc):
             return _run_ranks(config, options, args, by_signal)
-        _quieten_torch(is_debug=args.debug)
+        quieten_torch(is_debug=args.debug)
         from lightrft.cli.processes import stop_with_parent
 
         # rank 0 holds the directory for all
@@ -99,12 +98,6 @@ def _run(args: argparse.Namespace, words: Sequence[str]) -> int:
 
             _train(config, options, directory, should_stop, at_end)
     return EXIT_OK
-
-
-def _quieten_torch(*, is_debug: bool) -> None:
-    """Keep what torch's C++ writes of lost connections, with stacks, from stderr; errors say the same in one line."""
-    if world_size_of_launch() > 1 and not is_debug:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 
 def _starts_ranks(num_ranks: int) -> bool:

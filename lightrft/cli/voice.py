@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from lightrft.errors import ConfigError, InterruptedRunError
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-__all__ = ["code_of_ranks", "is_first_to_say", "leave_word", "one_voice", "voice_of_rank"]
+__all__ = ["code_of_ranks", "is_first_to_say", "leave_word", "one_voice", "quieten_torch", "voice_of_rank"]
 
 _PATIENCE = timedelta(seconds=2)
 """How long the launch's store may take to answer; it is near."""
@@ -56,6 +57,16 @@ def voice_of_rank(error: BaseException) -> str:
         return "" if is_of_all else f"rank {rank_of_launch()}: "
     except ConfigError:  # it is what the error speaks of
         return ""
+
+
+def quieten_torch(*, is_debug: bool) -> None:
+    """Keep what torch's C++ writes of lost connections, with stacks, from stderr; errors say the same in one line.
+
+    Args:
+        is_debug: whether it is wanted.
+    """
+    if world_size_of_launch() > 1 and not is_debug:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 
 def leave_word(board: Store, code: int) -> bool:

@@ -52,7 +52,9 @@ def share_of_odd_digits(prompt, completion, answer):
 
 
 class Start(Protocol):
-    def __call__(self, *words: str, program: tuple[str, ...] = ..., **variables: str) -> subprocess.Popen[str]: ...
+    def __call__(
+        self, *words: str, program: tuple[str, ...] = ..., command: str = ..., **variables: str
+    ) -> subprocess.Popen[str]: ...
 
 
 @pytest.fixture
@@ -65,10 +67,12 @@ def start(workplace: Path) -> Iterator[Start]:
     (workplace / "rewards.py").write_text(REWARDS)
     started: list[subprocess.Popen[str]] = []
 
-    def begin(*words: str, program: tuple[str, ...] = (), **variables: str) -> subprocess.Popen[str]:
+    def begin(
+        *words: str, program: tuple[str, ...] = (), command: str = "train run.toml", **variables: str
+    ) -> subprocess.Popen[str]:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
         process = subprocess.Popen(  # noqa: S603 (our own interpreter)
-            [sys.executable, *program, "-m", "lightrft", "train", "run.toml", "--strategy=gloo", *words],
+            [sys.executable, *program, "-m", "lightrft", *command.split(), "strategy.strategy=gloo", *words],
             env={**inherited, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -237,6 +241,17 @@ def test_a_world_size_that_does_not_divide_the_window_is_refused_once(start: Sta
     (said,) = lines_of_ours(under_torchrun)
     assert said.endswith(words)
     assert not Path("run/config.toml").exists()
+
+
+def test_two_ranks_show_an_evaluation_once(start: Start) -> None:
+    """Under torchrun each rank scores its share, and rank 0 shows the whole; an error is said once."""
+    assert main(["train", "run.toml", "run.warmup_steps=0", "run.num_steps=0", "--quiet"]) == 0
+    shown = ended(start("--samples=1", program=TORCHRUN, command="evaluate run"))
+    assert shown.code == 0, shown.err
+    for name in ("weights", "accuracy", "reward", "prompt", "completion"):
+        assert len(re.findall(f"^{name} ", shown.out, re.MULTILINE)) == 1 + (name == "reward"), shown.out
+    failed = ended(start(program=TORCHRUN, command="evaluate run", FAILURE="all raise"))
+    assert len(lines_of_ours(failed)) == 1
 
 
 @pytest.mark.usefixtures("workplace")

@@ -218,6 +218,16 @@ def test_a_task_of_reasoning_gym_by_name(cli: Cli, workplace: Path) -> None:
     assert "8 to learn from, 4 held out" in outcome.out
 
 
+@pytest.mark.usefixtures("workplace")
+def test_a_run_of_many_ranks_is_evaluated_in_one(cli: Cli) -> None:
+    """Copies of shards, which one process cannot have, are no reason to refuse the run that had them."""
+    assert cli("train", "run.toml", "run.warmup_steps=0", "run.num_steps=0", "--quiet").code == 0
+    plain = cli("evaluate", "run")
+    copied = cli("evaluate", "run", "strategy.strategy=fsdp2", "strategy.fsdp_replicate=2", "strategy.zero_hpz=2")
+    assert (copied.code, copied.err) == (0, "")
+    assert copied.out == plain.out
+
+
 def test_a_finished_model_can_be_evaluated_without_its_checkpoints(cli: Cli, workplace: Path) -> None:
     """Where there is no checkpoint, `evaluate` takes the exported model, and says so."""
     import shutil
