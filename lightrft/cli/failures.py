@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from lightrft.cli.terminal import one_line
 from lightrft.errors import (
     CollectiveError,
@@ -41,6 +43,9 @@ _BAD_INPUT = (ConfigError, DataError, MissingPackageError, UnsupportedError)
 _TRANSPORTS = ("gloo", "NCCL", "c10d")
 """Names that stand in what torch's collectives raise where a rank is gone; most of it has no type of its own."""
 
+_LATE = re.compile(r"(?:Timed out waiting |ran for )(\d+) ?(?:ms|milliseconds)")
+"""What gloo and NCCL say of a collective that not all ranks entered in time."""
+
 
 class UnsaidError(Exception):
     """The end of a rank of which another rank, or the process that started it, tells."""
@@ -56,8 +61,7 @@ def is_effect(error: BaseException) -> bool:
     Args:
         error: what a rank raised.
     """
-    is_bare = type(error) is RuntimeError or type(error).__module__.startswith("torch.distributed")
-    return isinstance(error, CollectiveError) or (is_bare and any(name in str(error) for name in _TRANSPORTS))
+    return isinstance(error, CollectiveError) or _is_of_transport(error)
 
 
 def exit_code(error: BaseException) -> int:
@@ -97,6 +101,11 @@ def explain(error: BaseException) -> list[str]:
     return [f"error: {one_line(line)}" for line in lines]
 
 
+def _is_of_transport(error: BaseException) -> bool:
+    is_bare = type(error) is RuntimeError or type(error).__module__.startswith("torch.distributed")
+    return is_bare and any(name in str(error) for name in _TRANSPORTS)
+
+
 def _messages(error: BaseException) -> list[str]:
     if isinstance(error, KeyboardInterrupt):
         return [str(error) or "interrupted at once, in the middle of a step."]
@@ -107,5 +116,16 @@ def _messages(error: BaseException) -> list[str]:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return [f"{where}{error.strerror}"]
+    late = _LATE.search(str(error)) if _is_of_transport(error) else None
+    if late is not None:
+        return [_too_late(int(late[1]) / 1000)]
     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return [f"{said}; run again with --debug for the traceback."]
+
+
+def _too_late(seconds: float) -> str:
+    # our own calls know who is missing; those that sharding makes inside of a model do not
+    return (
+        f"strategy.timeout={seconds} went by inside of the model, in a collective of its forward pass, backward pass "
+        "or step that another rank did not enter; see what other ranks wait for, or set more if they are only slow."
+    )

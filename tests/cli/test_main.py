@@ -98,12 +98,35 @@ def test_debug_adds_the_traceback(cli: Cli, tmp_path: Path) -> None:
         (KeyboardInterrupt(), 130, "error: interrupted at once, in the middle of a step."),
         (ZeroDivisionError("by 0"), 1, "error: ZeroDivisionError: by 0; run again with --debug for the traceback."),
         (SystemExit(3), 1, "error: SystemExit: 3; run again with --debug for the traceback."),
+        (
+            RuntimeError("gloo: a bug of its own"),
+            1,
+            "error: RuntimeError: gloo: a bug of its own; run again with --debug for the traceback.",
+        ),
+        (
+            RuntimeError("Timed out waiting 80ms for a reward"),
+            1,
+            "error: RuntimeError: Timed out waiting 80ms for a reward; run again with --debug for the traceback.",
+        ),
         (MemoryError(), 1, "error: MemoryError; run again with --debug for the traceback."),
     ],
 )
 def test_exit_codes(error: BaseException, code: int, line: str) -> None:
     """Every kind of exception has its exit code and becomes one line."""
     assert (exit_code(error), explain(error)) == (code, [line])
+
+
+def test_a_collective_that_was_not_entered_in_time_names_the_setting() -> None:
+    """What gloo and NCCL say of it is said in words of ours, with the seconds."""
+    for said in (
+        "[/x/gloo/tcp/unbound_buffer.cc:129] Timed out waiting 8500ms for recv operation to complete",
+        "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3) ran for 8500 milliseconds before",
+    ):
+        (line,) = explain(RuntimeError(said))
+        assert line.startswith(
+            "error: strategy.timeout=8.5 went by inside of the model, in a collective of its forward"
+        )
+        assert line.endswith("; see what other ranks wait for, or set more if they are only slow.")
 
 
 def test_every_wrong_setting_has_its_line_and_notes_follow_the_last() -> None:

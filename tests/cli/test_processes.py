@@ -30,8 +30,17 @@ THREE_PROMPTS = ("strategy.train_batch_size=24", "algorithm.prompts_per_step=3",
 REWARDS = """\
 import os, time
 
+import torch
+
 RANK, FAILURE = os.environ.get("RANK"), os.environ.get("FAILURE", "")
 calls = 0
+
+def wait_where_it_learns(module, inputs):
+    if torch.is_grad_enabled():
+        time.sleep(3600)
+
+if RANK == "1" and FAILURE == "waits inside":
+    torch.nn.modules.module.register_module_forward_pre_hook(wait_where_it_learns)
 
 def share_of_odd_digits(prompt, completion, answer):
     global calls
@@ -182,6 +191,15 @@ def test_one_word_is_left_first() -> None:
     assert code_of_ranks(board) is None
     assert [leave_word(board, code) for code in (2, 2, 1)] == [True, False, False]
     assert code_of_ranks(board) == 2
+
+
+def test_a_rank_that_waits_inside_of_the_model_ends_the_run(start: Start) -> None:
+    """No call of ours sees which rank it is; the line names the setting that bounds the wait, and nothing of gloo's."""
+    words = ("--nproc=2", "--quiet", "strategy.strategy=fsdp2", "strategy.timeout=5")
+    outcome = ended(start(*SHORT, *words, FAILURE="waits inside"))
+    assert outcome.code == 1
+    assert outcome.line.startswith("lightrft: rank 0: error: strategy.timeout=5.0 went by inside of the model, ")
+    assert "gloo" not in outcome.line
 
 
 def test_a_killed_rank_ends_a_run_of_torchrun(start: Start) -> None:
