@@ -29,7 +29,6 @@ NUM_EXAMPLES = 5
 LAWS = {**STRATEGY_LAWS, **ENGINE_LAWS}
 SHARDING: list[dict[str, object]] = [
     {"strategy": "fsdp2"},
-    {"strategy": "deepspeed", "zero_stage": 2},
     {"strategy": "deepspeed", "zero_stage": 3, "zero_persistence_threshold": 0},  # 0 shards small parameters too
 ]
 SINGLE = subject_of("single", "strategy")
@@ -65,13 +64,13 @@ def test_several_ranks_obey_every_law(law: str) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("settings", SHARDING, ids=str)
 def test_two_processes_obey_every_law(settings: dict[str, object]) -> None:
-    """On two processes no law is broken by what shards; `make laws-of-ranks` draws more, on 1 to 4 of them."""
+    """On two processes no law is broken by what shards; `make laws-of-ranks` takes all stages, 1 to 4 ranks, and more."""
     config = StrategyConfig.from_mapping(settings)
     report = hold(
         subject_of(str(config.strategy), "strategy", config=config),
         list(STRATEGY_LAWS.values()),
         world_sizes=(2,),
-        max_examples=2,
+        max_examples=1,
         ranks="processes",
     )
     assert [finding for finding in report.findings if finding.outcome == "broken"] == []
