@@ -64,7 +64,7 @@ def test_several_ranks_obey_every_law(law: str) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("settings", SHARDING, ids=str)
 def test_two_processes_obey_every_law(settings: dict[str, object]) -> None:
-    """On two processes no law is broken by what shards; `make laws-of-ranks` takes all stages, 1 to 4 ranks, and more."""
+    """On two processes no law is broken by what shards; `make laws-of-ranks` takes every stage, and 1 to 4 ranks."""
     config = StrategyConfig.from_mapping(settings)
     report = hold(
         subject_of(str(config.strategy), "strategy", config=config),
