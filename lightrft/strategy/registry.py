@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint
 from types import MappingProxyType
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import attrs
 
@@ -17,6 +17,11 @@ from lightrft.strategy.entry_points import ENGINE_GROUP, STRATEGY_GROUP, load_bu
 from lightrft.strategy.protocols.rollout import BuildEngine, Engine
 from lightrft.strategy.protocols.strategy import BuildStrategy
 from lightrft.strategy.record import Strategy
+
+if TYPE_CHECKING:
+    from lightrft.backends.checkpointing.access import StateAccess
+    from lightrft.strategy.protocols.collectives import Collectives
+    from lightrft.strategy.protocols.training import Training
 
 __all__ = [
     "ENGINES",
@@ -54,29 +59,13 @@ def _build_single(config: StrategyConfig) -> Strategy:
 
 
 def _build_fsdp2(config: StrategyConfig) -> Strategy:
-    from lightrft.backends.checkpointing.canonical import build_checkpointing
     from lightrft.backends.checkpointing.live import build_live_access
     from lightrft.backends.collectives.torch_dist import build_collectives
-    from lightrft.backends.rollout.gathering import build_gather_and_generate
-    from lightrft.backends.rollout.serving import build_rollout
     from lightrft.backends.training.fsdp2 import build_training
 
     collectives = build_collectives(config)
     training = build_training(config, collectives)
-    rollout = build_rollout(
-        config, find_engine=find_engine, named_tensors=training.named_tensors, unwrap_model=training.unwrap_model
-    )
-    return assemble(
-        collectives=collectives,
-        training=training,
-        checkpointing=build_checkpointing(
-            collectives=collectives, access=build_live_access(training.unwrap_model), strategy="fsdp2"
-        ),
-        rollout=attrs.evolve(
-            rollout, gather_and_generate=build_gather_and_generate(collectives, rollout.engine_generate_local)
-        ),
-        capabilities=frozenset({"bf16", "ranks"}),
-    )
+    return _on_ranks(config, "fsdp2", collectives, training, build_live_access(training.unwrap_model))
 
 
 def _build_deepspeed(config: StrategyConfig) -> Strategy:
@@ -84,23 +73,29 @@ def _build_deepspeed(config: StrategyConfig) -> Strategy:
 
     require_deepspeed()
     from lightrft.backends.checkpointing.access_deepspeed import build_access
-    from lightrft.backends.checkpointing.canonical import build_checkpointing
     from lightrft.backends.collectives.torch_dist import build_collectives
-    from lightrft.backends.rollout.gathering import build_gather_and_generate
-    from lightrft.backends.rollout.serving import build_rollout
     from lightrft.backends.training.deepspeed import build_training
 
     collectives = build_collectives(config)
     training = build_training(config, collectives)
+    return _on_ranks(config, "deepspeed", collectives, training, build_access(training.unwrap_model))
+
+
+def _on_ranks(
+    config: StrategyConfig, key: str, collectives: Collectives, training: Training, access: StateAccess
+) -> Strategy:
+    """Return the strategy of ranks that each generate their part, with its own way to train and to reach its state."""
+    from lightrft.backends.checkpointing.canonical import build_checkpointing
+    from lightrft.backends.rollout.gathering import build_gather_and_generate
+    from lightrft.backends.rollout.serving import build_rollout
+
     rollout = build_rollout(
         config, find_engine=find_engine, named_tensors=training.named_tensors, unwrap_model=training.unwrap_model
     )
     return assemble(
         collectives=collectives,
         training=training,
-        checkpointing=build_checkpointing(
-            collectives=collectives, access=build_access(training.unwrap_model), strategy="deepspeed"
-        ),
+        checkpointing=build_checkpointing(collectives=collectives, access=access, strategy=key),
         rollout=attrs.evolve(
             rollout, gather_and_generate=build_gather_and_generate(collectives, rollout.engine_generate_local)
         ),
