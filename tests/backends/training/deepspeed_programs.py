@@ -287,6 +287,25 @@ def mix(rank: Rank, case: Case) -> Found:
     return Found(words=words, tensors={})
 
 
+def reach_nothing(rank: Rank, case: Case) -> Found:
+    """Step with a loss that the model was called for, and that depends on none of its parameters."""
+    strategy = strategy_of(rank, case)
+    strategy.setup_distributed()
+    model, optimizer, _ = prepared(strategy)
+    before = {name: tensor.clone() for name, tensor in strategy.named_tensors(model)}
+    loss = loss_of(model, batch(0, rank.rank, 0), (0, 1)).detach() * torch.ones((), requires_grad=True)
+    strategy.backward(loss, model, optimizer)
+    words = {"moved": "nothing"}
+    try:
+        strategy.optimizer_step(optimizer, model, None, is_boundary=True)
+    except StepError as error:
+        words["error"] = str(error)
+    for name, tensor in strategy.named_tensors(model):
+        if not torch.equal(tensor, before[name]):
+            words["moved"] = name
+    return Found(words=words, tensors={})
+
+
 def copy_shards(rank: Rank, case: Case) -> Found:
     """Let an average and a loaded model, whose shards are written by no optimizer, compute what they hold."""
     strategy = strategy_of(rank, case)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightrft.backends.training.clipping import NO_GRADIENT
 from lightrft.backends.training.zero.settings import zero_settings
 from lightrft.errors import MissingPackageError, UnsupportedError
 from lightrft.strategy.build import get_strategy
@@ -190,6 +191,12 @@ def test_nothing_is_compiled_where_the_package_was_imported_before(tmp_path: Pat
     )
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_window_that_reaches_nothing_is_refused(run: RunOnRanks, programs: ModuleType) -> None:
+    """In stage 3, on every rank, in the words that other strategies have, and no decay moves anything."""
+    for one in run(programs.reach_nothing, programs.Case(stage=3)):
+        assert one.words == {"moved": "nothing", "error": NO_GRADIENT}
 
 
 def test_second_copies_of_shards_are_those_of_the_shards(run: RunOnRanks, programs: ModuleType) -> None:

@@ -61,7 +61,8 @@ def step_window(
 
     Raises:
         StepError: the model was prepared without an optimizer, or with another one; or no rank reached a parameter
-            (stages 1 to 3), or not all ranks the same ones (stages 2 and 3), and what they had is dropped.
+            (a first window of stages 1 and 2 ends in an IndexError of DeepSpeed's instead), or not all ranks the same
+            ones (stages 2 and 3), and what they had is dropped.
     """
     engine = engine_of(model)
     if engine.zero_optimization_stage() == 0:
