@@ -3,11 +3,13 @@
 Importing it loads neither torch nor any backend; building a strategy loads the one that was chosen.
 """
 
+from lightrft.strategy.background import background_saves
 from lightrft.strategy.build import get_strategy
 from lightrft.strategy.calls import Call
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.fake import get_fake_strategy
 from lightrft.strategy.protocols import (
+    BackgroundSaves,
     Checkpointing,
     Collectives,
     Completion,
@@ -27,6 +29,7 @@ from lightrft.strategy.registry import ENGINES, STRATEGIES, registered_engines, 
 __all__ = [
     "ENGINES",
     "STRATEGIES",
+    "BackgroundSaves",
     "Call",
     "Checkpointing",
     "Collectives",
@@ -42,6 +45,7 @@ __all__ = [
     "Trainable",
     "Training",
     "World",
+    "background_saves",
     "get_fake_strategy",
     "get_strategy",
     "registered_engines",

@@ -1,7 +1,7 @@
-"""What checkpointing asks a backend about live tensors: a table of whole tensors, and plans that write them.
+"""What checkpointing asks a backend about live tensors: a table of where their parts are, and plans that write them.
 
 The tensors of a model may lie whole on every rank, or in parts on all of them. What is on disk are whole tensors under
-the names of the plain model; a backend says what there is without communication, reads one whole tensor at a time, and
+the names of the plain model; a backend says what there is and what this rank has of it, without communication, and
 turns a whole tensor into an action that writes this rank's part of it.
 """
 
@@ -20,14 +20,17 @@ from lightrft.strategy.protocols.training import UnwrapModel
 __all__ = [
     "GetModelState",
     "GetOptimizerState",
+    "LiveTensor",
     "ModelState",
     "OptimizerState",
     "ParameterGroup",
     "ParameterState",
+    "Part",
     "PlanGradients",
     "PlanParameterState",
     "PlanTensor",
     "ReadGradients",
+    "ReadPart",
     "ReadTensor",
     "StateAccess",
     "WholeTensor",
@@ -38,27 +41,67 @@ class ReadTensor(Protocol):
     """Reads one whole tensor."""
 
     def __call__(self) -> torch.Tensor:
-        """Return the whole tensor, with its values; nobody writes to it, and it is not kept.
-
-        All ranks call it, in one order, because its parts may have to be gathered. A rank that has failed goes on
-        calling, and raises afterwards.
-        """
+        """Return the whole tensor, with its values; nobody writes to it, and it is not kept."""
         ...
 
 
 @attrs.frozen(kw_only=True, eq=False)
 class WholeTensor:
-    """A tensor as the plain model or its optimizer has it, wherever its parts are.
+    """A tensor that is read as a whole when it is asked for, from a file say.
 
     Attributes:
-        shape: of the whole tensor.
-        dtype: as the plain model has it, for instance float32 where a backend computes with bfloat16 copies.
-        read: gathers its values.
+        shape: of the tensor.
+        dtype: of its elements.
+        read: reads its values.
     """
 
     shape: Sequence[int]
     dtype: torch.dtype
     read: ReadTensor
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Part:
+    """What this rank has of a tensor: a run of its elements in row-major order.
+
+    Attributes:
+        values: the elements, of any shape and stride, in the live memory; none where other ranks have all of them.
+        start: number of the first of them in the whole tensor.
+    """
+
+    values: torch.Tensor
+    start: int
+
+
+class ReadPart(Protocol):
+    """Says what this rank has of a tensor."""
+
+    def __call__(self) -> Part:
+        """Return this rank's part, without communication; nobody writes to it.
+
+        The parts of all ranks make up the tensor, and no element is in two of them. Where every rank has all of the
+        tensor, the part is the whole.
+        """
+        ...
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class LiveTensor:
+    """A tensor as the plain model or its optimizer has it, wherever its parts are.
+
+    Attributes:
+        shape: of the whole tensor.
+        dtype: as the plain model has it, for instance float32 where a backend computes with bfloat16 copies.
+        part: says what this rank has.
+        is_whole: whether every rank has all of it, the same on all of them.
+        is_buffer: whether a forward pass may change it; else only a step, an average, a load or a move does.
+    """
+
+    shape: Sequence[int]
+    dtype: torch.dtype
+    part: ReadPart
+    is_whole: bool
+    is_buffer: bool = False
 
 
 class PlanTensor(Protocol):
@@ -127,7 +170,7 @@ class ModelState:
         plan_gradients: prepares the writing of that.
     """
 
-    tensors: Mapping[str, WholeTensor]
+    tensors: Mapping[str, LiveTensor]
     aliases: Mapping[str, str]
     plan_tensor: PlanTensor
     read_gradients: ReadGradients
@@ -157,7 +200,7 @@ class ParameterState:
         values: what is no tensor, by its key.
     """
 
-    tensors: Mapping[str, WholeTensor]
+    tensors: Mapping[str, LiveTensor]
     values: Mapping[str, object]
 
 

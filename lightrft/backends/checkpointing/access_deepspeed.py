@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightrft.backends.checkpointing.access import ModelState, OptimizerState, StateAccess, WholeTensor
+from lightrft.backends.checkpointing.access import LiveTensor, ModelState, OptimizerState, Part, StateAccess
 from lightrft.backends.checkpointing.flat_state import flat_optimizer_state
 from lightrft.backends.checkpointing.live import build_live_access
 from lightrft.backends.checkpointing.named import describe, difference, named_state
+from lightrft.backends.checkpointing.sharded import live_tensor
 from lightrft.backends.zero.model import EngineModel, is_own_optimizer
 from lightrft.backends.zero.package import Engine
 from lightrft.backends.zero.shards import (
@@ -20,11 +21,11 @@ from lightrft.backends.zero.shards import (
     cut_fragment,
     forget_second_copy,
     fragments,
-    gathered,
     is_partitioned,
     is_whole_too,
     part_of,
     shard_of,
+    shard_without_padding,
     whole_shape,
 )
 from lightrft.errors import CheckpointError
@@ -96,7 +97,7 @@ def _model_state(model: EngineModel, plain: nn.Module, owner: str) -> ModelState
         return _plan_gradients(model, saved, source)
 
     return ModelState(
-        tensors={name: _readable(tensor) for name, tensor in live.tensors.items()},
+        tensors={name: _described(tensor, f"{owner}.{name}") for name, tensor in live.tensors.items()},
         aliases=live.aliases,
         plan_tensor=plan_tensor,
         read_gradients=read_gradients,
@@ -104,11 +105,16 @@ def _model_state(model: EngineModel, plain: nn.Module, owner: str) -> ModelState
     )
 
 
-def _readable(tensor: torch.Tensor) -> WholeTensor:
-    def read() -> torch.Tensor:
-        return gathered(tensor)
+def _described(tensor: torch.Tensor, name: str) -> LiveTensor:
+    if not is_partitioned(tensor):
+        return live_tensor(tensor, name, is_buffer=not isinstance(tensor, nn.Parameter))
 
-    return WholeTensor(shape=whole_shape(tensor), dtype=tensor.dtype, read=read)
+    def part() -> Part:
+        # what a pass has gathered, or a small parameter that stays whole, is made of the shards
+        values, start = shard_without_padding(tensor)
+        return Part(values=values, start=start)
+
+    return LiveTensor(shape=whole_shape(tensor), dtype=tensor.dtype, part=part, is_whole=False)
 
 
 def _plan_tensor(live: torch.Tensor, fragment: Fragment | None, saved: torch.Tensor) -> Callable[[], None]:

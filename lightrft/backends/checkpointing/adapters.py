@@ -18,8 +18,9 @@ import attrs
 import torch
 from torch import nn
 
-from lightrft.backends.checkpointing.access import ModelState, WholeTensor
+from lightrft.backends.checkpointing.access import LiveTensor, ModelState
 from lightrft.backends.checkpointing.named import plain_name
+from lightrft.backends.checkpointing.turns import Computed, Gatherable
 from lightrft.errors import CheckpointError, ConfigError, UnsupportedError
 from lightrft.strategy.protocols.checkpointing import AdaptersKind
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-__all__ = ["ADAPTERS", "Adapted", "adapted", "adapter_tensors", "merged_state", "write_adapter_config"]
+__all__ = ["ADAPTERS", "Adapted", "adapted", "adapter_tensors", "merged_tensors", "write_adapter_config"]
 
 ADAPTERS = "adapter_model.safetensors"
 """File of adapters alone."""
@@ -74,7 +75,7 @@ def adapted(model: nn.Module, adapters: AdaptersKind | None) -> Adapted | None:
     return _only_adapter(model)
 
 
-def adapter_tensors(found: Adapted, state: ModelState) -> dict[str, WholeTensor]:
+def adapter_tensors(found: Adapted, state: ModelState) -> dict[str, LiveTensor]:
     """Return the adapter's tensors under the names that peft looks for.
 
     Args:
@@ -121,12 +122,15 @@ def write_adapter_config(found: Adapted, directory: Path, *, kind: type[nn.Modul
     config.save_pretrained(str(directory), auto_mapping_dict=mapping if config.task_type is None else None)
 
 
-def merged_state(found: Adapted, state: ModelState) -> ModelState:
-    """Return the tensors of the base under its own names, with the adapter in them once they are read.
+def merged_tensors(found: Adapted, state: ModelState) -> tuple[dict[str, Gatherable], dict[str, str]]:
+    """Return the tensors of the base under its own names, with the adapter in them once they are written.
 
     Args:
         found: the model.
         state: all its tensors.
+
+    Returns:
+        The tensors, and every further name of a tied one with its first name.
 
     Raises:
         UnsupportedError: a layer is of a kind that is not merged, or is tied to another.
@@ -139,7 +143,7 @@ def merged_state(found: Adapted, state: ModelState) -> ModelState:
             raise UnsupportedError(
                 f"{alias} and {first} are one tensor, and the adapter changes {owned[0]}; pass adapters='alone'."
             )
-    tensors: dict[str, WholeTensor] = {}
+    tensors: dict[str, Gatherable] = {}
     for name, tensor in state.tensors.items():
         new = names[name]
         if new is not None:
@@ -147,7 +151,7 @@ def merged_state(found: Adapted, state: ModelState) -> ModelState:
             is_changed = owner is not None and _is_changed(name.removeprefix(f"{owner}."), owners[owner], found)
             tensors[new] = _merged(name, str(owner), owners[str(owner)], found, state) if is_changed else tensor
     aliases = {str(names[alias]): str(names[first]) for alias, first in state.aliases.items() if names[alias]}
-    return attrs.evolve(state, tensors=tensors, aliases=aliases)
+    return tensors, aliases
 
 
 def _has_adapters(model: nn.Module) -> bool:
@@ -222,21 +226,23 @@ def _first(name: str, state: ModelState) -> str:
     return state.aliases.get(name, name)
 
 
-def _merged(name: str, owner: str, layer: nn.Module, found: Adapted, state: ModelState) -> WholeTensor:
+def _merged(name: str, owner: str, layer: nn.Module, found: Adapted, state: ModelState) -> Computed:
     paths = [plain_name(f"{owner}.{path}") for path, _ in layer.named_parameters(remove_duplicate=False)]
 
-    def read() -> torch.Tensor:
-        # all is gathered before anything can fail, so that no rank waits for another
-        tensors = {path: state.tensors[_first(path, state)].read().clone() for path in paths}
+    def merge(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         try:
             with torch.no_grad():
-                merged = _copy_of(layer, owner, tensors)
+                # where the layer computes, so that its arithmetic is the live one's
+                merged = _copy_of(layer, owner, {path: tensors[path].to(devices[path]) for path in paths})
                 cast("BaseTunerLayer", merged).merge(adapter_names=[found.adapter])
         except Exception as error:
             raise CheckpointError(f"{name} cannot be merged ({error!r}); pass adapters='alone'.") from error
         return merged.get_parameter(name.removeprefix(f"{owner}.")).detach()
 
-    return attrs.evolve(state.tensors[name], read=read)
+    live = state.tensors[name]
+    sources = {path: state.tensors[_first(path, state)] for path in paths}
+    devices = {path: source.part().values.device for path, source in sources.items()}
+    return Computed(shape=live.shape, dtype=live.dtype, sources=sources, compute=merge)
 
 
 def _copy_of(module: nn.Module, name: str, tensors: Mapping[str, torch.Tensor]) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import cast
 
 import attrs
@@ -13,9 +13,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightrft.backends.checkpointing.layout import require_entry_names
 from lightrft.errors import ConfigError
 from lightrft.strategy.protocols.checkpointing import Checkpointable
-from lightrft.strategy.protocols.training import Trainable
+from lightrft.strategy.protocols.training import Trainable, UnwrapModel
 
-__all__ = ["Entry", "entries_of"]
+__all__ = ["Entry", "entries_of", "handles_of"]
 
 _ONLY = "model"  # the name of what was passed without one
 
@@ -61,6 +61,20 @@ def entries_of(model: Checkpointable, optimizer: Optimizer | None, scheduler: LR
         raise ConfigError(f"model={model!r} is no model; pass a Module, a Trainable, or a mapping of names to these.")
     require_entry_names(named)
     return [_entry(name, value) for name, value in named.items()]
+
+
+def handles_of(entries: Iterable[Entry], unwrap_model: UnwrapModel) -> Iterator[nn.Module | Optimizer]:
+    """Yield the handles whose state is saved or restored, a model as the user has it and the plain one inside.
+
+    Args:
+        entries: models with what trains them.
+        unwrap_model: undoes `prepare`.
+    """
+    for entry in entries:
+        yield entry.model
+        yield unwrap_model(entry.model)
+        if entry.optimizer is not None:
+            yield entry.optimizer
 
 
 def _entry(name: str, value: nn.Module | Trainable) -> Entry:

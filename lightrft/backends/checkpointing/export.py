@@ -11,7 +11,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightrft.backends.checkpointing.access import ModelState, OptimizerState, StateAccess, WholeTensor
+from lightrft.backends.checkpointing.access import (
+    LiveTensor,
+    ModelState,
+    OptimizerState,
+    Part,
+    StateAccess,
+    WholeTensor,
+)
 from lightrft.backends.checkpointing.huggingface import build_save_model
 from lightrft.backends.checkpointing.layout import model_file, state_file
 from lightrft.backends.checkpointing.lossless import as_dict, loads
@@ -107,7 +114,7 @@ def _access(stored: StoredModel) -> StateAccess:
     def model_state(model: nn.Module, *, owner: str) -> ModelState:
         del model, owner
         return ModelState(
-            tensors=stored.tensors,
+            tensors={name: _as_if_live(tensor) for name, tensor in stored.tensors.items()},
             aliases=stored.aliases,
             plan_tensor=_plan_tensor,
             read_gradients=_no_gradients,
@@ -115,6 +122,13 @@ def _access(stored: StoredModel) -> StateAccess:
         )
 
     return StateAccess(unwrap_model=unwrap_model, model_state=model_state, optimizer_state=_optimizer_state)
+
+
+def _as_if_live(tensor: WholeTensor) -> LiveTensor:
+    def part() -> Part:
+        return Part(values=tensor.read(), start=0)
+
+    return LiveTensor(shape=tensor.shape, dtype=tensor.dtype, part=part, is_whole=True)
 
 
 def _no_gradients() -> Mapping[str, torch.Tensor]:

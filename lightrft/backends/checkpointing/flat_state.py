@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightrft.backends.checkpointing.access import OptimizerState, ParameterGroup, ParameterState, WholeTensor
-from lightrft.backends.checkpointing.tensor_files import whole_tensor
-from lightrft.backends.zero.shards import Fragment, cut_fragment, gather_fragments, part_of, whole_shape
+from lightrft.backends.checkpointing.access import LiveTensor, OptimizerState, ParameterGroup, ParameterState, Part
+from lightrft.backends.checkpointing.sharded import live_tensor
+from lightrft.backends.zero.shards import Fragment, cut_fragment, part_of, whole_shape
 from lightrft.errors import CheckpointError
 
 __all__ = ["flat_optimizer_state"]
@@ -43,7 +43,7 @@ def flat_optimizer_state(
         if flat is None or flat not in optimizer.state:  # asked first, since reading would make an entry
             continue
         state = cast("dict[str, object]", optimizer.state[flat])
-        parameters |= {name: _parameter_state(state, flat, fragments.get(name), shapes[name]) for name in names}
+        parameters |= {name: _parameter_state(state, flat, fragments.get(name), shapes[name], name) for name in names}
 
     def plan_parameter(
         name: str, saved: Mapping[str, object] | None, *, options: Mapping[str, object], source: str
@@ -83,25 +83,25 @@ def _nothing() -> None:
 
 
 def _parameter_state(
-    state: Mapping[str, object], flat: torch.Tensor, fragment: Fragment | None, shape: Sequence[int]
+    state: Mapping[str, object], flat: torch.Tensor, fragment: Fragment | None, shape: Sequence[int], name: str
 ) -> ParameterState:
     tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
     return ParameterState(
         tensors={
-            key: _readable(value, fragment, shape) if value.shape == flat.shape else whole_tensor(value)
+            key: _described(value, fragment, shape) if value.shape == flat.shape else live_tensor(value, name)
             for key, value in tensors.items()
         },
         values={key: value for key, value in state.items() if key not in tensors},
     )
 
 
-def _readable(value: torch.Tensor, fragment: Fragment | None, shape: Sequence[int]) -> WholeTensor:
-    def read() -> torch.Tensor:
+def _described(value: torch.Tensor, fragment: Fragment | None, shape: Sequence[int]) -> LiveTensor:
+    def part() -> Part:
         if fragment is None:
-            return torch.zeros(torch.Size(shape), dtype=value.dtype)
-        return gather_fragments(value, fragment)
+            return Part(values=torch.zeros(torch.Size(shape), dtype=value.dtype), start=0)
+        return Part(values=part_of(value, fragment), start=fragment.start)
 
-    return WholeTensor(shape=shape, dtype=value.dtype, read=read)
+    return LiveTensor(shape=shape, dtype=value.dtype, part=part, is_whole=fragment is None)
 
 
 def _whole(saved: Mapping[str, object], fragment: Fragment) -> dict[str, torch.Tensor]:

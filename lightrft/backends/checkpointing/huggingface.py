@@ -19,7 +19,7 @@ from lightrft.backends.checkpointing.adapters import (
     Adapted,
     adapted,
     adapter_tensors,
-    merged_state,
+    merged_tensors,
     write_adapter_config,
 )
 from lightrft.backends.checkpointing.agreement import together
@@ -34,7 +34,8 @@ from lightrft.backends.checkpointing.durable import (
 )
 from lightrft.backends.checkpointing.gathering import agreed_tables, taking_turns
 from lightrft.backends.checkpointing.named import describe, difference
-from lightrft.backends.checkpointing.tensor_files import safetensors_chunks
+from lightrft.backends.checkpointing.tensor_files import Described, safetensors_chunks
+from lightrft.backends.checkpointing.turns import Gatherable
 from lightrft.backends.checkpointing.weight_files import (
     INDEX,
     MAX_FILE_SIZE,
@@ -42,6 +43,7 @@ from lightrft.backends.checkpointing.weight_files import (
     open_weights,
     split_weights,
 )
+from lightrft.backends.copying import await_copy
 from lightrft.backends.world import world_of
 from lightrft.errors import CheckpointError
 from lightrft.strategy.protocols.checkpointing import AdaptersKind, Json, LoadModel, SaveModel, SavesTokenizer
@@ -55,7 +57,7 @@ class _SavesItself(Protocol):
     def save_pretrained(self, save_directory: str, /) -> object: ...
 
 
-_Tables: TypeAlias = Mapping[str, Mapping[str, WholeTensor]]
+_Tables: TypeAlias = Mapping[str, Mapping[str, Described]]
 
 
 class _WriteConfigs(Protocol):
@@ -79,30 +81,34 @@ def build_save_model(collectives: Collectives, access: StateAccess, *, max_file_
         adapters: AdaptersKind | None = None,
     ) -> Path:
         plain = access.unwrap_model(model)
-        is_first = world_of(collectives).rank == 0
+        world = world_of(collectives)
         writers: list[_WriteConfigs] = []
 
-        def describe_live() -> dict[str, dict[str, WholeTensor]]:
+        def describe_live() -> Mapping[str, Mapping[str, Gatherable]]:
             found, state = adapted(plain, adapters), access.model_state(model, owner="model")
             if found is not None and adapters == "alone":
                 writers.append(_adapter_writer(found))
                 return {ADAPTERS: adapter_tensors(found, state)}
-            base, kept = (plain, state) if found is None else (found.base, merged_state(found, state))
+            base = plain if found is None else found.base
+            tensors, aliases = (state.tensors, state.aliases) if found is None else merged_tensors(found, state)
             writers.append(_model_writer(base))
-            return split_weights(_exported(base, kept), max_file_size=max_file_size)
+            return split_weights(_exported(base, tensors, aliases), max_file_size=max_file_size)
 
-        tables = agreed_tables(collectives, describe_live)
+        agreed = agreed_tables(collectives, world, describe_live)
 
         def write_rest(content: Path) -> None:
-            writers[0](content, tables)
+            writers[0](content, agreed.tables)
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(content))
 
         def save() -> dict[str, Json]:
             advice = "free space or choose another directory; nothing was left behind"
-            with disk_errors("output_dir", Path(output_dir), advice=advice), taking_turns(tables) as in_turn:
-                if is_first:
-                    _export(tables, in_turn, write_rest, Path(output_dir).resolve())
+            with (
+                disk_errors("output_dir", Path(output_dir), advice=advice),
+                taking_turns(agreed.turns, collectives, world) as pieces,
+            ):
+                if world.rank == 0:
+                    _export(agreed.tables, pieces, write_rest, Path(output_dir).resolve())
             return {}
 
         together(collectives, save)
@@ -120,6 +126,7 @@ def build_load_model(collectives: Collectives, access: StateAccess) -> LoadModel
     """
 
     def load_model(model: nn.Module, load_dir: str | os.PathLike[str]) -> None:
+        await_copy(model, access.unwrap_model(model))
         world_of(collectives)
         directory = Path(load_dir)
         plans: list[Callable[[], Callable[[], None]]] = []
@@ -160,7 +167,7 @@ def _plan(live: ModelState, name: str, saved: WholeTensor, directory: Path) -> C
 
 def _export(
     tables: _Tables,
-    in_turn: Iterator[WholeTensor],
+    pieces: Iterator[torch.Tensor],
     write_rest: Callable[[Path], None],
     target: Path,
 ) -> None:
@@ -174,7 +181,7 @@ def _export(
         write_rest(content)
         for file, tensors in tables.items():
             # transformers asks which framework wrote a file
-            write_file(content / file, safetensors_chunks(tensors, metadata={"format": "pt"}, in_turn=in_turn))
+            write_file(content / file, safetensors_chunks(tensors, pieces, metadata={"format": "pt"}))
         sync_tree(content)
         commit(content, target)
 
@@ -215,14 +222,14 @@ def _dtype(tables: _Tables) -> torch.dtype | None:
     return next((dtype for dtype in dtypes if dtype.is_floating_point), None)
 
 
-def _exported(model: nn.Module, state: ModelState) -> dict[str, WholeTensor]:
+def _exported(model: nn.Module, tensors: Mapping[str, Gatherable], aliases: Mapping[str, str]) -> dict[str, Gatherable]:
     """Return the tensors under the names that transformers looks for: of tied ones, not those that it fills itself."""
     filled = cast("Mapping[str, str]", getattr(model, "all_tied_weights_keys", None) or {})
-    names = {first: first for first in state.tensors}
-    for alias, first in state.aliases.items():
+    names = {first: first for first in tensors}
+    for alias, first in aliases.items():
         if names[first] in filled and alias not in filled:
             names[first] = alias
-    return {names[first]: tensor for first, tensor in state.tensors.items()}
+    return {names[first]: tensor for first, tensor in tensors.items()}
 
 
 def _matched(saved: Mapping[str, WholeTensor], live: ModelState, directory: Path) -> dict[str, WholeTensor]:

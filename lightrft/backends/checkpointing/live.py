@@ -13,25 +13,25 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightrft.backends.checkpointing.access import (
+    LiveTensor,
     ModelState,
     OptimizerState,
     ParameterGroup,
     ParameterState,
     StateAccess,
-    WholeTensor,
 )
 from lightrft.backends.checkpointing.named import NamedState, describe, difference, named_state
 from lightrft.backends.checkpointing.sharded import (
     drop_deferred_gradients,
     has_deferred_gradients,
     is_sharded,
+    live_tensor,
     local_part,
     part_for,
-    read_whole,
     reshard,
     wrap_part,
 )
-from lightrft.backends.checkpointing.tensor_files import require_plain, whole_tensor
+from lightrft.backends.checkpointing.tensor_files import require_plain
 from lightrft.errors import CheckpointError, ConfigError
 from lightrft.strategy.protocols.training import UnwrapModel
 
@@ -107,19 +107,15 @@ def _model_state(model: nn.Module, owner: str) -> ModelState:
         return _plan_gradients(model, live, saved, source)
 
     return ModelState(
-        tensors={name: _readable(tensor) for name, tensor in live.tensors.items()},
+        tensors={
+            name: live_tensor(tensor, f"{owner}.{name}", is_buffer=not isinstance(tensor, nn.Parameter))
+            for name, tensor in live.tensors.items()
+        },
         aliases=live.aliases,
         plan_tensor=plan_tensor,
         read_gradients=read_gradients,
         plan_gradients=plan_gradients,
     )
-
-
-def _readable(tensor: torch.Tensor) -> WholeTensor:
-    def read() -> torch.Tensor:
-        return read_whole(tensor)
-
-    return whole_tensor(tensor, read)
 
 
 def _gradient_names(live: NamedState) -> dict[str, str]:
@@ -217,12 +213,12 @@ def _groups(optimizer: Optimizer, live: NamedState, owner: str) -> Sequence[Para
 
 
 def _parameter_state(optimizer: Optimizer, parameter: torch.Tensor, path: str) -> ParameterState:
-    tensors: dict[str, WholeTensor] = {}
+    tensors: dict[str, LiveTensor] = {}
     values: dict[str, object] = {}
     for key, value in cast("dict[str, object]", optimizer.state[parameter]).items():
         if isinstance(value, torch.Tensor):
             require_plain(local_part(value), f"{path}[{key!r}]")
-            tensors[key] = _readable(value)
+            tensors[key] = live_tensor(value, f"{path}[{key!r}]")
         else:
             values[key] = value
     return ParameterState(tensors=tensors, values=values)

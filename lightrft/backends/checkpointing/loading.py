@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightrft.backends.checkpointing.access import StateAccess
 from lightrft.backends.checkpointing.agreement import together
-from lightrft.backends.checkpointing.entries import Entry, entries_of
+from lightrft.backends.checkpointing.entries import Entry, entries_of, handles_of
 from lightrft.backends.checkpointing.layout import (
     CLIENT_STATE,
     checkpoint_path,
@@ -36,6 +36,7 @@ from lightrft.backends.checkpointing.restore import (
     undo_schedules,
     write_tensors,
 )
+from lightrft.backends.copying import await_copy
 from lightrft.backends.world import world_of
 from lightrft.errors import CheckpointError, LightRFTError
 from lightrft.strategy.protocols.checkpointing import Checkpointable, Json, LatestCkpt, LoadCkpt, LoadedCheckpoint
@@ -79,6 +80,7 @@ def build_load_ckpt(collectives: Collectives, access: StateAccess) -> LoadCkpt:
         step: int | None = None,
     ) -> LoadedCheckpoint:
         entries = entries_of(model, optimizer, scheduler)
+        await_copy(*handles_of(entries, access.unwrap_model))
         world = world_of(collectives)
         directory = Path(load_dir)
 

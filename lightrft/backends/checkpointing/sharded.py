@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, TypeGuard, cast
 import torch
 from torch import nn
 
+from lightrft.backends.checkpointing.access import LiveTensor, Part
+from lightrft.errors import UnsupportedError
+
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
@@ -21,9 +24,9 @@ __all__ = [
     "drop_deferred_gradients",
     "has_deferred_gradients",
     "is_sharded",
+    "live_tensor",
     "local_part",
     "part_for",
-    "read_whole",
     "reshard",
     "wrap_part",
 ]
@@ -52,19 +55,30 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-@torch.no_grad()
-def read_whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the whole tensor; all ranks call it together if the tensor is sharded.
+def live_tensor(tensor: torch.Tensor, name: str, *, is_buffer: bool = False) -> LiveTensor:
+    """Return the description of a tensor of a model or an optimizer.
 
     Args:
         tensor: any tensor.
+        name: what it is called in the error.
+        is_buffer: whether a forward pass may change it.
+
+    Raises:
+        UnsupportedError: its parts are no runs of its elements in row-major order.
     """
-    if not is_sharded(tensor):
-        return tensor.detach()
-    local, mesh = local_part(tensor), tensor.device_mesh
-    if local.device.type != mesh.device_type:  # offloaded: ranks talk where their mesh is
-        tensor = cast("DTensor", wrap_part(local.to(mesh.device_type), tensor))
-    return tensor.full_tensor()
+    start = _start_of_part(tensor, name) if is_sharded(tensor) else 0
+
+    def part() -> Part:
+        local = local_part(tensor).detach()
+        return Part(values=local.new_empty(0), start=0) if start is None else Part(values=local, start=start)
+
+    return LiveTensor(
+        shape=tensor.shape,
+        dtype=tensor.dtype,
+        part=part,
+        is_whole=not is_sharded(tensor),
+        is_buffer=is_buffer,
+    )
 
 
 @torch.no_grad()
@@ -126,6 +140,25 @@ def drop_deferred_gradients(model: nn.Module) -> None:
     """
     for holder, name in _deferred(model):
         setattr(holder, name, None)
+
+
+def _start_of_part(tensor: DTensor, name: str) -> int | None:
+    """Return the number of the first element that this rank has; None where another rank has the same ones for it."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+    first, rows, is_copy = 0, tensor.shape[0] if tensor.dim() else 1, coordinate is None
+    for dim, placement in enumerate(tensor.placements):
+        place = 0 if coordinate is None else coordinate[dim]
+        if type(placement) is Shard and placement.dim == 0:
+            size = -(-rows // mesh.size(dim))  # as torch cuts: ranks at the end may have fewer rows, or none
+            begin = min(size * place, rows)
+            first, rows = first + begin, min(size, rows - begin)
+        elif type(placement) is Replicate:
+            is_copy = is_copy or place > 0
+        else:
+            raise UnsupportedError(f"{name} is placed as {placement} and cannot be saved so; shard it along dim 0.")
+    return None if is_copy else first * (tensor.numel() // tensor.shape[0] if tensor.dim() and tensor.shape[0] else 0)
 
 
 def _fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:

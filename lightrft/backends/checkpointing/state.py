@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from typing import cast
 
 import attrs
+import torch
 
-from lightrft.backends.checkpointing.access import OptimizerState, ParameterState, StateAccess, WholeTensor
+from lightrft.backends.checkpointing.access import LiveTensor, OptimizerState, ParameterState, StateAccess
 from lightrft.backends.checkpointing.entries import Entry
 from lightrft.backends.checkpointing.layout import gradients_file, model_file, optimizer_file, state_file
 from lightrft.backends.checkpointing.lossless import encode_internal
-from lightrft.backends.checkpointing.tensor_files import whole_tensor
 from lightrft.errors import ConfigError
 from lightrft.strategy.protocols.checkpointing import Json
 
@@ -27,14 +27,14 @@ class EntryState:
     """What is saved of one entry; tensors are the live ones, and none has been read.
 
     Attributes:
-        tables: tensors of the files that rank 0 writes, by the file's name and theirs; all ranks read them together.
-        gradients: this rank's own, in the same form; empty between two windows.
+        tables: tensors of the files that rank 0 writes, by the file's name and theirs.
+        gradients: this rank's own, by the file's name and theirs; empty between two windows.
         record_file: the file of `record`.
         record: the rest: tied names, groups and values of the optimizer, and the schedule.
     """
 
-    tables: Mapping[str, Mapping[str, WholeTensor]]
-    gradients: Mapping[str, Mapping[str, WholeTensor]]
+    tables: Mapping[str, Mapping[str, LiveTensor]]
+    gradients: Mapping[str, Mapping[str, torch.Tensor]]
     record_file: str
     record: dict[str, Json]
 
@@ -53,8 +53,8 @@ def entry_state(entry: Entry, access: StateAccess, *, rank: int) -> EntryState:
         CheckpointError: the model has gradients that cannot be saved now.
     """
     model = access.model_state(entry.model, owner=entry.name)
-    gradients = {name: whole_tensor(tensor) for name, tensor in model.read_gradients().items()}
-    tables: dict[str, Mapping[str, WholeTensor]] = {model_file(entry.name): model.tensors}
+    gradients = model.read_gradients()
+    tables: dict[str, Mapping[str, LiveTensor]] = {model_file(entry.name): model.tensors}
     optimizer: Json = None
     if entry.optimizer is not None:
         state = access.optimizer_state(entry.model, entry.optimizer, owner=entry.name)
@@ -82,7 +82,7 @@ def options_of(group: Mapping[str, object]) -> dict[str, object]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
-def _optimizer_tensors(state: OptimizerState, owner: str) -> Iterator[tuple[str, WholeTensor]]:
+def _optimizer_tensors(state: OptimizerState, owner: str) -> Iterator[tuple[str, LiveTensor]]:
     for name, parameter in state.parameters.items():
         for key in (*parameter.tensors, *parameter.values):
             if not isinstance(cast("object", key), str) or "." in key:

@@ -1,7 +1,7 @@
 """Tensors in safetensors files, of any dtype, stride, shape and sharing.
 
-The writer streams one tensor at a time, so that a model on a device needs main memory for its largest tensor alone, and
-the digest is taken while the bytes pass. Dtypes that the format does not know are stored as bytes, their names in the
+The writer takes the bytes in pieces, so that it needs memory for one of them alone, and the digest is taken while the
+bytes pass. Dtypes that the format does not know are stored as bytes, their names in the
 metadata.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, cast
@@ -17,20 +17,30 @@ from typing import Protocol, cast
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lightrft.backends.checkpointing.access import ReadTensor, WholeTensor
+from lightrft.backends.checkpointing.access import WholeTensor
 from lightrft.backends.checkpointing.lossless import as_dict, dumps, loads
 from lightrft.errors import CheckpointError, UnsupportedError
 from lightrft.strategy.protocols.checkpointing import Json
 
 __all__ = [
+    "Described",
+    "bytes_of",
     "open_tensors",
     "read_tensors",
-    "reading_order",
     "require_plain",
     "safetensors_chunks",
     "stored_tensors",
-    "whole_tensor",
+    "writing_order",
 ]
+
+
+class Described(Protocol):
+    """What a header says of a tensor."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...  # noqa: D102 (torch's)
+    @property
+    def dtype(self) -> torch.dtype: ...  # noqa: D102
 
 
 class _Header(Protocol):
@@ -86,51 +96,66 @@ def require_plain(tensor: torch.Tensor, name: str) -> None:
         raise UnsupportedError(f"{name} is a {type(tensor).__name__}, which wraps other tensors; unwrap it first.")
 
 
-def whole_tensor(tensor: torch.Tensor, read: ReadTensor | None = None) -> WholeTensor:
-    """Return the description of a tensor.
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's values in row-major order as uint8 (size,), in its own memory if they lie there like that.
 
     Args:
-        tensor: of the whole shape, though its values may lie in parts.
-        read: gathers them; None where they are all there.
+        tensor: plain, of any dtype and stride.
     """
+    flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
+    if flat.stride() != (1,):  # one element counts as contiguous whatever its stride, and has no other view
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
 
-    def read_as_it_is() -> torch.Tensor:
-        return tensor
 
-    return WholeTensor(shape=tensor.shape, dtype=tensor.dtype, read=read or read_as_it_is)
+def writing_order(tensors: Mapping[str, Described]) -> list[str]:
+    """Return the names of tensors in the order in which a file of them has their bytes.
 
-
-def reading_order(tensors: Mapping[str, WholeTensor]) -> list[WholeTensor]:
-    """Return the tensors in the order in which a file of them reads each once.
+    The largest elements come first: then every tensor starts at a multiple of its element size, as mapping readers need
+    it.
 
     Args:
         tensors: by name.
     """
-    return [tensors[name] for name in _sorted_names(tensors)]
+
+    def place(name: str) -> tuple[int, str]:
+        dtype = tensors[name].dtype
+        return (-dtype.itemsize if dtype in _DTYPES else 0, name)
+
+    return sorted(tensors, key=place)
 
 
 def safetensors_chunks(
-    tensors: Mapping[str, WholeTensor],
+    tensors: Mapping[str, Described],
+    pieces: Iterable[torch.Tensor],
     *,
     metadata: Mapping[str, str] | None = None,
-    in_turn: Iterable[WholeTensor] | None = None,
 ) -> Iterator[memoryview | bytes]:
     """Yield the bytes of a safetensors file; a chunk holds until the next one is asked for.
 
     Args:
-        tensors: by name; those that share memory are written each for itself.
+        tensors: by name.
+        pieces: their bytes in `writing_order`, as uint8 (size,) on the CPU, cut anywhere, though each piece is of one
+            tensor; no more is taken than belongs to this file.
         metadata: strings of the header.
-        in_turn: begins with `reading_order(tensors)`, and is consumed as tensors are read, so that the caller knows
-            which ones are left; None takes that order.
+
+    Raises:
+        CheckpointError: the pieces are not as long as what was said of the tensors.
     """
-    # the largest elements first: then every tensor starts at a multiple of its element size, as mapping readers need it
-    names = _sorted_names(tensors)
+    names = writing_order(tensors)
     header = dumps(_header({name: tensors[name] for name in names}, metadata or {})).rstrip()
     header += b" " * (-len(header) % 8)
     yield len(header).to_bytes(8, "little") + header
-    turns = iter(reading_order(tensors) if in_turn is None else in_turn)
+    coming = iter(pieces)
     for name in names:
-        yield from _bytes_of(next(turns), name)
+        left = math.prod(tensors[name].shape) * tensors[name].dtype.itemsize
+        while left > 0:
+            piece = next(coming)
+            left -= piece.numel()
+            if left < 0:  # the header says what is written
+                raise CheckpointError(f"{name} has {-left} bytes more than was said; the backend's access is wrong.")
+            if piece.numel():
+                yield _memory(piece)
 
 
 @contextmanager
@@ -188,19 +213,7 @@ def _read_again(path: Path, name: str, tensor: WholeTensor) -> WholeTensor:
     return WholeTensor(shape=tensor.shape, dtype=tensor.dtype, read=read)
 
 
-def _sorted_names(tensors: Mapping[str, WholeTensor]) -> list[str]:
-    return sorted(tensors, key=_alignment(tensors))
-
-
-def _alignment(tensors: Mapping[str, WholeTensor]) -> Callable[[str], tuple[int, str]]:
-    def key(name: str) -> tuple[int, str]:
-        dtype = tensors[name].dtype
-        return (-dtype.itemsize if dtype in _DTYPES else 0, name)
-
-    return key
-
-
-def _header(tensors: Mapping[str, WholeTensor], metadata: Mapping[str, str]) -> dict[str, Json]:
+def _header(tensors: Mapping[str, Described], metadata: Mapping[str, str]) -> dict[str, Json]:
     raw: dict[str, Json] = {
         name: {"dtype": _dtype_name(tensor.dtype), "shape": list(tensor.shape)}
         for name, tensor in tensors.items()
@@ -217,20 +230,9 @@ def _header(tensors: Mapping[str, WholeTensor], metadata: Mapping[str, str]) -> 
     return header
 
 
-def _bytes_of(described: WholeTensor, name: str) -> Iterator[memoryview]:
-    dense = described.read().detach().cpu().resolve_conj().resolve_neg().contiguous()
-    if (dense.dtype, tuple(dense.shape)) != (
-        described.dtype,
-        tuple(described.shape),
-    ):  # the header says what is written
-        raise CheckpointError(
-            f"{name} was said to be {_dtype_name(described.dtype)}{list(described.shape)} and is read as "
-            f"{_dtype_name(dense.dtype)}{list(dense.shape)}; the backend's access is wrong."
-        )
-    size = dense.numel() * dense.element_size()
-    if size:
-        # straight from memory: `Tensor.numpy` would need numpy, which is no dependency, and `bytes` a copy
-        yield memoryview((ctypes.c_ubyte * size).from_address(dense.data_ptr())).cast("B")
+def _memory(piece: torch.Tensor) -> memoryview:
+    # straight from memory: `Tensor.numpy` would need numpy, which is no dependency, and `bytes` a copy
+    return memoryview((ctypes.c_ubyte * piece.numel()).from_address(piece.data_ptr())).cast("B")
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -14,11 +14,12 @@ import math
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from lightrft.backends.checkpointing.access import WholeTensor
 from lightrft.backends.checkpointing.lossless import as_dict, dumps, loads
 from lightrft.backends.checkpointing.named import difference
-from lightrft.backends.checkpointing.tensor_files import open_tensors
+from lightrft.backends.checkpointing.tensor_files import Described, open_tensors
 from lightrft.errors import CheckpointError
 from lightrft.strategy.protocols.checkpointing import Json
 
@@ -31,17 +32,19 @@ MAX_FILE_SIZE = 5 * 10**9
 """Bytes of tensors that one file holds at most, unless it holds one tensor alone."""
 _WEIGHTS = "model.safetensors"
 
+_Tensor = TypeVar("_Tensor", bound=Described)
+
 
 def split_weights(
-    tensors: Mapping[str, WholeTensor], *, max_file_size: int = MAX_FILE_SIZE
-) -> dict[str, dict[str, WholeTensor]]:
+    tensors: Mapping[str, _Tensor], *, max_file_size: int = MAX_FILE_SIZE
+) -> dict[str, dict[str, _Tensor]]:
     """Return the tensors by file, filled in their order; a tensor that is larger than a file has one of its own.
 
     Args:
         tensors: by name.
         max_file_size: bytes of tensors.
     """
-    parts: list[dict[str, WholeTensor]] = [{}]
+    parts: list[dict[str, _Tensor]] = [{}]
     filled = 0
     for name, tensor in tensors.items():
         if parts[-1] and filled + _size(tensor) > max_file_size:
@@ -54,7 +57,7 @@ def split_weights(
     return {f"model-{number:05d}-of-{len(parts):05d}.safetensors": part for number, part in enumerate(parts, 1)}
 
 
-def index_of(files: Mapping[str, Mapping[str, WholeTensor]]) -> bytes | None:
+def index_of(files: Mapping[str, Mapping[str, Described]]) -> bytes | None:
     """Return the content of the index, or None where one file holds all.
 
     Args:
@@ -89,7 +92,7 @@ def open_weights(directory: Path) -> Generator[Mapping[str, WholeTensor], None, 
         yield {name: opened[file][name] for name, file in weight_map.items()}
 
 
-def _size(tensor: WholeTensor) -> int:
+def _size(tensor: Described) -> int:
     return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 

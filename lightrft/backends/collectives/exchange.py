@@ -93,7 +93,7 @@ def gather_bytes(meeting: Meeting, mine: torch.Tensor) -> list[torch.Tensor]:
     padded[: mine.numel()] = mine
     parts = [torch.empty_like(padded) for _ in meeting.sizes]
     with _named_failures(meeting.group, meeting.call):
-        dist.all_gather(parts, padded)
+        dist.all_gather(parts, padded, group=meeting.group)
     return [part[:size] for part, size in zip(parts, meeting.sizes, strict=True)]
 
 
@@ -111,7 +111,7 @@ def broadcast_bytes(meeting: Meeting, mine: torch.Tensor, src: int) -> torch.Ten
     whole = mine if src == dist.get_rank() else torch.empty(meeting.sizes[src], dtype=torch.uint8, device=mine.device)
     if whole.numel() and len(meeting.sizes) > 1:
         with _named_failures(meeting.group, meeting.call):
-            dist.broadcast(whole, src)
+            dist.broadcast(whole, src, group=meeting.group)
     return whole
 
 
@@ -129,7 +129,7 @@ def reduce_in_place(meeting: Meeting, buffer: torch.Tensor, op: str) -> None:
     operations = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
     if buffer.numel() and len(meeting.sizes) > 1:
         with _named_failures(meeting.group, meeting.call):
-            dist.all_reduce(buffer, op=operations[op])
+            dist.all_reduce(buffer, op=operations[op], group=meeting.group)
 
 
 def _count_key(rank: int) -> str:
@@ -163,7 +163,7 @@ def _gather_numbers(group: dist.ProcessGroup, call: CallDescription, numbers: Se
     mine = torch.tensor(numbers, dtype=torch.int64, device=control_device(group))
     table = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     with _named_failures(group, call):
-        dist.all_gather(table, mine)
+        dist.all_gather(table, mine, group=group)
         return [tuple(row) for row in torch.stack(table).tolist()]
 
 

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from types import MappingProxyType
-from typing import TypeVar, cast
+from typing import NoReturn, TypeVar, cast
 
 import torch
 
 from lightrft.backends.collectives.record import CollectiveFunctions
 from lightrft.backends.collectives.reductions import check_gatherable, check_op, check_reducible
 from lightrft.backends.collectives.seeding import forget_seed, seed_everything
-from lightrft.backends.collectives.simulated_world import current_rank, exchange, run_simulated
+from lightrft.backends.collectives.simulated_world import current_rank, exchange, meeting_apart, run_simulated
 from lightrft.backends.collectives.timeouts import timeout_of
 from lightrft.backends.collectives.trees import Leaf, map_leaves
 from lightrft.backends.launch import device_of_process
-from lightrft.errors import ConfigError
+from lightrft.errors import ConfigError, UnsupportedError
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.protocols.collectives import ReduceOp, SetupDistributed, Teardown, TensorTree, World
 
-__all__ = ["build_collectives", "run_simulated"]
+__all__ = ["apart_of_simulated", "build_collectives", "run_simulated"]
 
 _Tree = TypeVar("_Tree", bound=TensorTree)
 _COMBINE: Mapping[ReduceOp, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = MappingProxyType(
@@ -45,6 +45,39 @@ def build_collectives(config: StrategyConfig) -> CollectiveFunctions:
         get_rank=_get_rank,
         is_rank_0=_is_rank_0,
         print=_print,
+    )
+
+
+def apart_of_simulated() -> CollectiveFunctions | None:
+    """Return collectives for a second thread of each simulated rank; None where no rank is simulated.
+
+    Such a thread may gather and broadcast. A rank that waits for its own must have let the others begin theirs, since
+    it holds the baton: after a collective, say.
+    """
+    meet = meeting_apart()
+    if meet is None:
+        return None
+
+    def all_gather(data: _Tree) -> _Tree:
+        return _concatenated(data, meet(data))
+
+    def broadcast(data: _Tree, src: int = 0) -> _Tree:
+        return _of_rank(data, meet(data), src)
+
+    def refuse(*values: object, **options: object) -> NoReturn:
+        del values, options
+        raise UnsupportedError("a second thread of a simulated rank gathers and broadcasts alone; use all_gather.")
+
+    return CollectiveFunctions(
+        setup_distributed=refuse,
+        teardown=refuse,
+        all_reduce=refuse,
+        all_gather=all_gather,
+        broadcast=broadcast,
+        barrier=refuse,
+        get_rank=refuse,
+        is_rank_0=refuse,
+        print=refuse,
     )
 
 
@@ -104,8 +137,10 @@ def _reduced_tensors(values: list[torch.Tensor], op: ReduceOp) -> torch.Tensor:
 
 
 def _all_gather(data: _Tree) -> _Tree:
-    gathered = exchange("all_gather", data, is_dim_0_free=True)
+    return _concatenated(data, exchange("all_gather", data, is_dim_0_free=True))
 
+
+def _concatenated(data: _Tree, gathered: Sequence[Mapping[str, object]]) -> _Tree:
     def gather(leaf: Leaf, path: str) -> Leaf:
         check_gatherable(leaf, path)
         parts = [cast("torch.Tensor", leaves[path]) for leaves in gathered]
@@ -115,7 +150,10 @@ def _all_gather(data: _Tree) -> _Tree:
 
 
 def _broadcast(data: _Tree, src: int = 0) -> _Tree:
-    gathered = exchange("broadcast", data, options={"src": src})
+    return _of_rank(data, exchange("broadcast", data, options={"src": src}), src)
+
+
+def _of_rank(data: _Tree, gathered: Sequence[Mapping[str, object]], src: int) -> _Tree:
     if src not in range(len(gathered)):
         raise ConfigError(
             f"src={src!r} is no rank of a world of {len(gathered)}; use a number from 0 to {len(gathered) - 1}."

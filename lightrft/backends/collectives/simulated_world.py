@@ -26,7 +26,7 @@ from lightrft.backends.collectives.agreement import (
 from lightrft.backends.streams import Streams, capture_streams, new_streams, restore_streams
 from lightrft.errors import CollectiveError, ConfigError, UnsupportedError
 
-__all__ = ["SimulatedRank", "SimulatedWorld", "current_rank", "exchange", "run_simulated"]
+__all__ = ["SimulatedRank", "SimulatedWorld", "current_rank", "exchange", "meeting_apart", "run_simulated"]
 
 _Result = TypeVar("_Result")
 
@@ -35,6 +35,10 @@ _GLANCE = 0.1
 
 _PATIENCE = 5.0
 """Seconds that interrupted ranks have to reach a collective, where they end; right ones take milliseconds."""
+
+
+_LONG = 60.0
+"""Seconds after which a second thread gives up on those of other ranks."""
 
 
 def _held() -> threading.Semaphore:
@@ -77,6 +81,7 @@ class SimulatedWorld:
         disagreement: how the ranks of the last round differ; None if they agree.
         failure: rank and error of the first program that raised.
         finished: held by the ranks until all of them have ended.
+        apart: where second threads of the ranks meet, and what each has brought there.
     """
 
     ranks: list[SimulatedRank] = attrs.field(factory=list[SimulatedRank])
@@ -85,6 +90,7 @@ class SimulatedWorld:
     disagreement: str | None = None
     failure: tuple[int, BaseException] | None = None
     finished: threading.Semaphore = attrs.field(factory=_held)
+    apart: tuple[threading.Barrier, list[Mapping[str, object]]] | None = None
 
 
 # the analogue of the default process group: it tells a function without a handle which rank is calling
@@ -172,6 +178,29 @@ def exchange(
     if rank.world.disagreement is not None:
         raise CollectiveError(rank.world.disagreement)
     return rank.world.gathered
+
+
+def meeting_apart() -> Callable[[object], list[Mapping[str, object]]] | None:
+    """Return what second threads of the ranks exchange values by, as `exchange` does; None where no rank is simulated.
+
+    Second threads run when they like, so they meet at a barrier, while a rank is held by the baton.
+    """
+    rank = _RANK.get()
+    if rank is None:
+        return None
+    number, world_size = rank.number, len(rank.world.ranks)
+    if rank.world.apart is None:
+        rank.world.apart = threading.Barrier(world_size, timeout=_LONG), [{} for _ in range(world_size)]
+    barrier, brought = rank.world.apart
+
+    def meet(data: object) -> list[Mapping[str, object]]:
+        brought[number] = {path: _copied(leaf) for path, leaf in named_leaves(data)}
+        barrier.wait()
+        gathered = list(brought)
+        barrier.wait()
+        return gathered
+
+    return meet
 
 
 def _copied(leaf: object) -> object:

@@ -52,7 +52,7 @@ from lightrft.strategy.protocols.collectives import (
     World,
 )
 
-__all__ = ["build_collectives"]
+__all__ = ["build_collectives", "build_collectives_of"]
 
 _Tree = TypeVar("_Tree", bound=TensorTree)
 
@@ -67,6 +67,37 @@ def build_collectives(config: StrategyConfig) -> CollectiveFunctions:
     return CollectiveFunctions(
         setup_distributed=_build_setup(config),
         teardown=_build_teardown(config),
+        all_reduce=_build_all_reduce(join),
+        all_gather=_build_all_gather(join),
+        broadcast=_build_broadcast(join),
+        barrier=_build_barrier(join),
+        get_rank=rank_of_process,
+        is_rank_0=_is_rank_0,
+        print=_print,
+    )
+
+
+def build_collectives_of(group: dist.ProcessGroup, world: World) -> CollectiveFunctions:
+    """Return the collectives of a process group that holds all ranks of the default one; it stays as it is.
+
+    Args:
+        group: the process group.
+        world: this process's place.
+    """
+
+    def join() -> dist.ProcessGroup:
+        return group
+
+    def setup_distributed(timeout: timedelta | float | None = None) -> World:
+        del timeout  # the group has its own
+        return world
+
+    def teardown() -> None:
+        return
+
+    return CollectiveFunctions(
+        setup_distributed=setup_distributed,
+        teardown=teardown,
         all_reduce=_build_all_reduce(join),
         all_gather=_build_all_gather(join),
         broadcast=_build_broadcast(join),

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from lightrft.backends.copying import await_copy
 from lightrft.backends.training.autocast import unwrap_autocast
 from lightrft.errors import ConfigError
 
@@ -68,6 +69,7 @@ def average_parameters(model: nn.Module, model_ema: nn.Module, beta: float, *, a
             f"model_ema={type(model_ema).__name__} differs from the model in {different[0]!r} and "
             f"{len(different) - 1} other parameters; pass copy.deepcopy(model)."
         )
+    await_copy(model_ema)
     for name, whole in averages.items():
         parameter, average = alike(parameters[name], whole)
         # lerp is exact at both ends: beta=1 leaves the average alone and beta=0 copies

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lightrft.backends.copying import await_copy
 from lightrft.strategy.protocols.training import MemoryReport
 
 __all__ = ["move_handles", "report_memory"]
@@ -40,6 +41,7 @@ def move_handles(handles: tuple[nn.Module | Optimizer, ...], device: str) -> Non
         handles: models and optimizers.
         device: where to.
     """
+    await_copy(*handles)
     for handle in handles:
         if isinstance(handle, nn.Module):
             handle.to(device)

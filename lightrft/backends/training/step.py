@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightrft.backends.copying import await_copy
 from lightrft.backends.training.clipping import clip_gradients, not_finite_reason
 from lightrft.backends.training.window import end_micro_batch, mark_backward
 from lightrft.errors import StepError
@@ -176,6 +177,7 @@ def build_optimizer_step(
         norm = clip(model, optimizer, max_norm)
         reason = None if math.isfinite(norm) else explain(norm, model, optimizer)
         if reason is None:
+            await_copy(optimizer, model)
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightrft.backends.launch import device_of_process
 from lightrft.backends.zero.package import Engine
 
 __all__ = [
@@ -20,12 +19,12 @@ __all__ = [
     "cut_fragment",
     "forget_second_copy",
     "fragments",
-    "gather_fragments",
     "gathered",
     "is_partitioned",
     "is_whole_too",
     "part_of",
     "shard_of",
+    "shard_without_padding",
     "whole_shape",
 ]
 
@@ -95,6 +94,17 @@ def shard_of(parameter: torch.Tensor) -> torch.Tensor:
     return cast("torch.Tensor", vars(parameter)["ds_tensor"]).detach()
 
 
+def shard_without_padding(parameter: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return the memory of this rank's shard that holds elements of the parameter, and the number of the first one.
+
+    Args:
+        parameter: one that is spread over ranks.
+    """
+    shard, size = shard_of(parameter), torch.Size(whole_shape(parameter)).numel()
+    start = min(shard.numel() * dist.get_rank(), size)
+    return shard.narrow(0, 0, min(shard.numel(), size - start)), start
+
+
 def cut(whole: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
     """Return this rank's shard of a whole tensor, with zeros behind its end.
 
@@ -125,21 +135,6 @@ def cut_fragment(whole: torch.Tensor, fragment: Fragment) -> torch.Tensor:
         fragment: where the part stands.
     """
     return whole.flatten()[fragment.start :][: fragment.size]
-
-
-def gather_fragments(flat: torch.Tensor, fragment: Fragment) -> torch.Tensor:
-    """Return a whole tensor of which every rank has a part; all ranks call it.
-
-    Args:
-        flat: laid out as `Fragment.flat`.
-        fragment: where this rank's part stands.
-    """
-    whole = torch.zeros(torch.Size(fragment.shape), dtype=flat.dtype, device=flat.device)
-    cut_fragment(whole, fragment).copy_(part_of(flat, fragment))
-    # as bytes, because a sum with zeros would lose the sign of a zero; and where the ranks can meet
-    summed = whole.flatten().view(torch.uint8).to(device_of_process())
-    dist.all_reduce(summed)
-    return summed.view(whole.dtype).view(whole.shape)
 
 
 @torch.no_grad()

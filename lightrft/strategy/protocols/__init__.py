@@ -1,7 +1,13 @@
 """Contracts and laws, one module per concern; a loop asks for the least it needs."""
 
 from lightrft.strategy.protocols.capabilities import CAPABILITIES, Capabilities, Capability
-from lightrft.strategy.protocols.checkpointing import Checkpointable, Checkpointing, Json, LoadedCheckpoint
+from lightrft.strategy.protocols.checkpointing import (
+    BackgroundSaves,
+    Checkpointable,
+    Checkpointing,
+    Json,
+    LoadedCheckpoint,
+)
 from lightrft.strategy.protocols.collectives import Collectives, ReduceOp, TensorTree, World
 from lightrft.strategy.protocols.rollout import (
     BuildEngine,
@@ -21,6 +27,7 @@ from lightrft.strategy.protocols.training import MemoryReport, StepResult, Train
 
 __all__ = [
     "CAPABILITIES",
+    "BackgroundSaves",
     "BuildEngine",
     "BuildStrategy",
     "Capabilities",

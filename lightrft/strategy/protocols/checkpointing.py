@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, Union
 
 import attrs
 
+from lightrft.strategy.protocols.collectives import Collectives
 from lightrft.strategy.protocols.training import Trainable
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdaptersKind",
+    "BackgroundSaves",
     "Checkpointable",
     "Checkpointing",
     "Json",
@@ -29,6 +31,8 @@ __all__ = [
     "SaveCkpt",
     "SaveModel",
     "SavesTokenizer",
+    "StartSave",
+    "WaitForSaves",
 ]
 
 Json: TypeAlias = Union[bool, int, float, str, "list[Json]", "dict[str, Json]", None]
@@ -68,6 +72,51 @@ class SavesTokenizer(Protocol):
         ...
 
 
+class StartSave(Protocol):
+    """Begins a save in the background."""
+
+    def __call__(self, save: Callable[[], None], /) -> None:
+        """Run `save` in the background, once the one before it has ended.
+
+        Args:
+            save: writes a checkpoint; it talks to other ranks by `BackgroundSaves.collectives` alone.
+
+        Raises:
+            CheckpointError: the save before it failed, or the handle's context was left.
+        """
+        ...
+
+
+class WaitForSaves(Protocol):
+    """Waits for the background."""
+
+    def __call__(self) -> None:
+        """Return when every save that was begun is committed, and durable.
+
+        Raises:
+            CheckpointError: the last one failed; said once, on all ranks alike. Earlier checkpoints are as they were.
+        """
+        ...
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class BackgroundSaves:
+    """A handle by which `SaveCkpt` writes while training goes on; `lightrft.strategy.background_saves` makes one.
+
+    Laws: saves never interleave; what is saved is the state at the call, whatever is done afterwards; an error of a
+    save is raised by the next save, by `wait`, or on leaving the handle's context; nothing is left behind.
+
+    Attributes:
+        collectives: what the ranks do together in the background.
+        start: begins a save.
+        wait: waits for it.
+    """
+
+    collectives: Collectives
+    start: StartSave
+    wait: WaitForSaves
+
+
 class SaveCkpt(Protocol):
     """Writes a checkpoint that training can resume from."""
 
@@ -85,8 +134,9 @@ class SaveCkpt(Protocol):
         keep_every: int = 0,
         keep_best: int = 0,
         metric: float | None = None,
+        background: BackgroundSaves | None = None,
     ) -> Path:
-        """Return the committed directory `save_dir/step-<step>`.
+        """Return the committed directory `save_dir/step-<step>`, or with `background` what will be committed.
 
         Holds parameters, optimizer, schedule, position in the accumulation window with its gradients, random state of
         every rank and `client_state`. All ranks call it, with the same models: rank 0 writes whole tensors under the
@@ -99,6 +149,12 @@ class SaveCkpt(Protocol):
         Old checkpoints are removed when the new one is committed, oldest first, until both limits hold or only those
         are left that stay in any case: the newest one, the one just saved, and those that `keep_every` and `keep_best`
         spare. All of these count towards the limits. Rank 0's word counts for all ranks.
+
+        With `background` the call first waits until the save before it is committed, checks everything, begins to copy
+        the state, and returns. Until the copy is there, all that changes this state waits, and no longer:
+        `optimizer_step` and the optimizer's own `step`, `moving_average` into a saved model, `load_ckpt`, `load_model`,
+        `offload` and `reload`. Then the checkpoint is written while training goes on. Each rank needs main memory for
+        its part of the state until that is written.
 
         Args:
             model: what to save.
@@ -114,11 +170,12 @@ class SaveCkpt(Protocol):
                 newer; 0 spares none.
             metric: how good this checkpoint is, larger is better; it is kept with the checkpoint. None is unknown, and
                 never among the best.
+            background: writes while training goes on; None writes before the call returns.
 
         Raises:
-            CheckpointError: the step exists, the files cannot be written, the ranks have different models, or
-                gradients of an open window that were not yet reduced over ranks (`backward` was told
-                `is_boundary=False`).
+            CheckpointError: the step exists, the save before this one failed in the background, the files cannot be
+                written, the ranks have different models, or gradients of an open window that were not yet reduced over
+                ranks (`backward` was told `is_boundary=False`).
             ConfigError: `client_state` holds what JSON cannot, and its path is named; or a limit, a rule or the metric
                 is no number of its kind.
         """

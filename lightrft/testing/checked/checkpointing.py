@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightrft.strategy.protocols import Checkpointable, Json, LoadedCheckpoint, Trainable
+from lightrft.strategy.protocols import BackgroundSaves, Checkpointable, Json, LoadedCheckpoint, Trainable
 from lightrft.strategy.protocols.checkpointing import LoadCkpt, SaveCkpt
 from lightrft.strategy.record import Strategy
 from lightrft.testing.checked.verdict import require
@@ -46,6 +46,7 @@ def _checked_save(strategy: Strategy) -> SaveCkpt:
         keep_every: int = 0,
         keep_best: int = 0,
         metric: float | None = None,
+        background: BackgroundSaves | None = None,
     ) -> Path:
         newest, before = strategy.latest_ckpt(save_dir), _state(strategy, model)
         path = inner(
@@ -60,11 +61,12 @@ def _checked_save(strategy: Strategy) -> SaveCkpt:
             keep_every=keep_every,
             keep_best=keep_best,
             metric=metric,
+            background=background,
         )
         changed = changed_names(before, _state(strategy, model))
         require(not changed, "save_ckpt", f"{changed} changed by saving")
         wanted = step if step is not None else 0 if newest is None else newest + 1
-        if newest is None or wanted > newest:
+        if background is None and (newest is None or wanted > newest):
             found = strategy.latest_ckpt(save_dir)
             require(path.is_dir(), "save_ckpt", f"returned {path}, which is no directory")
             if newest is not None or step is not None:  # the number of a first checkpoint is the backend's choice

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any, cast
+from unittest.mock import patch
 
 import attrs
 import torch
@@ -16,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lightrft.backends.checkpointing import parts, turns
 from lightrft.backends.checkpointing.access import StateAccess
 from lightrft.backends.checkpointing.access_deepspeed import build_access
 from lightrft.backends.checkpointing.huggingface import build_save_model
@@ -61,11 +64,13 @@ class Case:
         directory: where to.
         tied: whether the embeddings are.
         max_file_size: bytes.
+        piece_size: bytes that are gathered at once.
     """
 
     directory: str
     tied: bool
     max_file_size: int
+    piece_size: int
 
 
 @attrs.frozen(kw_only=True)
@@ -182,7 +187,10 @@ def export(rank: Rank, case: Case) -> Seen:
     strategy.setup_distributed()
     model, other = (strategy.prepare(llama(seed, tied=case.tied)) for seed in (0, 1))
     save_model = build_save_model(strategy, access_of(rank, strategy), max_file_size=case.max_file_size)
-    with Allocations() as saving:
+    with ExitStack() as stack:
+        for module in (parts, turns):  # as large as the largest tensor, where a real one is much smaller than that
+            stack.enter_context(patch.object(module, "PIECE_SIZE", case.piece_size))
+        saving = stack.enter_context(Allocations())
         save_model(model, case.directory)
     with Allocations() as loading:
         strategy.load_model(other, case.directory)

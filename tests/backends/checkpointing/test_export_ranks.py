@@ -1,4 +1,4 @@
-"""Exports of prepared models: in several files, gathered one tensor at a time, whatever the strategy."""
+"""Exports of prepared models: in several files, gathered piece by piece, whatever the strategy."""
 
 from __future__ import annotations
 
@@ -55,8 +55,9 @@ def test_prepared_models_are_exported_in_files(
     Neither saving nor loading allocates more at once than a few of the largest tensor; the model has 25 of its size.
     """
     out = tmp_path / "out"
-    size = 4 * sum(parameter.numel() for parameter in programs.llama(0, tied=tied).parameters())
-    seen = run(programs.export, programs.Case(directory=str(out), tied=tied, max_file_size=size * 4 // 10))
+    sizes = [4 * parameter.numel() for parameter in programs.llama(0, tied=tied).parameters()]
+    case = programs.Case(directory=str(out), tied=tied, max_file_size=sum(sizes) * 4 // 10, piece_size=max(sizes))
+    seen = run(programs.export, case)
     assert [file.name for file in sorted(out.glob("*.safetensors"))] == [
         f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)
     ]

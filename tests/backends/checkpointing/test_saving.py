@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import lightrft
-from lightrft.backends.checkpointing.access import ModelState
+from lightrft.backends.checkpointing.access import ModelState, Part
 from lightrft.backends.checkpointing.canonical import CheckpointFunctions, build_checkpointing
 from lightrft.backends.checkpointing.durable import commit, staging, write_file
 from lightrft.backends.checkpointing.live import build_live_access
@@ -364,13 +364,13 @@ def test_a_directory_removed_while_writing_is_one_clear_line(tmp_path: Path) -> 
     model = nn.Linear(1, 1, bias=False)
 
     def model_state(model: nn.Module, *, owner: str) -> ModelState:
-        def remove_and_read() -> torch.Tensor:
+        def remove_and_read() -> Part:
             shutil.rmtree(tmp_path / "run")
-            return tensor.read()
+            return tensor.part()
 
         state = access.model_state(model, owner=owner)
         tensor = state.tensors["weight"]
-        return attrs.evolve(state, tensors={"weight": attrs.evolve(tensor, read=remove_and_read)})
+        return attrs.evolve(state, tensors={"weight": attrs.evolve(tensor, part=remove_and_read)})
 
     functions = build_checkpointing(
         collectives=build_collectives(StrategyConfig(strategy="single")),

@@ -1,18 +1,16 @@
 from __future__ import annotations
 
-import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
-import attrs
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
 
-from lightrft.backends.checkpointing.access import WholeTensor
 from lightrft.backends.checkpointing.durable import write_file
-from lightrft.backends.checkpointing.tensor_files import read_tensors, reading_order, safetensors_chunks, whole_tensor
+from lightrft.backends.checkpointing.tensor_files import bytes_of, read_tensors, safetensors_chunks, writing_order
 from lightrft.errors import CheckpointError
 
 DTYPES = [
@@ -32,8 +30,9 @@ def make(dtype: torch.dtype, shape: list[int], seed: int) -> torch.Tensor:
     return torch.randint(high, (size,), dtype=torch.uint8, generator=generator).view(dtype).reshape(shape)
 
 
-def described(tensors: dict[str, torch.Tensor]) -> dict[str, WholeTensor]:
-    return {name: whole_tensor(tensor) for name, tensor in tensors.items()}
+def chunks_of(tensors: dict[str, torch.Tensor], **metadata: str) -> Iterator[memoryview | bytes]:
+    pieces = (bytes_of(tensors[name]) for name in writing_order(tensors))
+    return safetensors_chunks(tensors, pieces, metadata=metadata)
 
 
 def content(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
@@ -55,7 +54,7 @@ def test_any_tensor_comes_back_bit_for_bit(
     tensors = {f"tensor {index}": make(*item, seed + index) for index, item in enumerate(made)}  # type: ignore[misc]
     tensors |= {f"{name} turned": tensor.movedim(0, -1) for name, tensor in tensors.items() if tensor.dim() > 1}
     path = tmp_path_factory.mktemp("tensors") / "file.safetensors"
-    record = write_file(path, safetensors_chunks(described(tensors), metadata={"format": "pt"}))
+    record = write_file(path, chunks_of(tensors, format="pt"))
     assert record.size == path.stat().st_size
     back = read_tensors(path)
     assert {name: content(tensor) for name, tensor in back.items()} == {n: content(t) for n, t in tensors.items()}
@@ -67,7 +66,7 @@ def test_any_tensor_comes_back_bit_for_bit(
 def test_conjugate_and_negative_views_are_written_as_their_values(tmp_path: Path) -> None:
     """A lazy conjugate, and the imaginary part of one, are written as what they equal."""
     numbers = torch.tensor([1 + 2j, 3 - 4j])
-    write_file(tmp_path / "f", safetensors_chunks(described({"a": numbers.conj(), "b": numbers.conj().imag})))
+    write_file(tmp_path / "f", chunks_of({"a": numbers.conj(), "b": numbers.conj().imag}))
     back = read_tensors(tmp_path / "f")
     assert back["a"].tolist() == [1 - 2j, 3 + 4j]
     assert back["b"].tolist() == [-2.0, 4.0]
@@ -75,39 +74,23 @@ def test_conjugate_and_negative_views_are_written_as_their_values(tmp_path: Path
 
 def test_a_dtype_that_torch_does_not_know_is_named(tmp_path: Path) -> None:
     """A file of a later torch is refused by the name of its dtype."""
-    tensors = described({"a": torch.zeros(1, dtype=torch.complex64)})
-    chunks = b"".join(bytes(chunk) for chunk in safetensors_chunks(tensors))
+    chunks = b"".join(bytes(chunk) for chunk in chunks_of({"a": torch.zeros(1, dtype=torch.complex64)}))
     (tmp_path / "f").write_bytes(chunks.replace(b"complex64", b"complex65"))
     with pytest.raises(CheckpointError, match="dtype='complex65' is unknown to torch"):
         read_tensors(tmp_path / "f")
 
 
-def test_a_tensor_that_is_not_what_was_said_is_refused() -> None:
-    """The header is written before the values, so a read of another shape or dtype is an error with both in words."""
-    wrong = whole_tensor(torch.zeros(3), lambda: torch.zeros(2, dtype=torch.bfloat16))
-    with pytest.raises(CheckpointError, match=r"a was said to be float32\[3\] and is read as bfloat16\[2\]"):
-        list(safetensors_chunks({"a": wrong}))
+def test_pieces_are_cut_anywhere_and_taken_as_they_are_needed() -> None:
+    """A file takes the pieces of its own tensors, whatever their sizes, and leaves those of the next file."""
+    tensors = {"a": torch.arange(5.0), "b": torch.zeros(0), "c": torch.tensor(True)}
+    whole = b"".join(bytes(chunk) for chunk in chunks_of(tensors))
+    flat = bytes_of(tensors["a"])
+    pieces = iter([flat[:3], flat[3:3], flat[3:], bytes_of(tensors["c"]), torch.zeros(9, dtype=torch.uint8)])
+    assert b"".join(bytes(chunk) for chunk in safetensors_chunks(tensors, pieces)) == whole
+    assert [len(piece) for piece in pieces] == [9]
 
 
-def test_tensors_are_read_one_at_a_time() -> None:
-    """While a tensor is read no other is in memory, and each is read once, in the order that is told."""
-    alive: list[int] = []
-    read: list[str] = []
-
-    def whole(name: str) -> WholeTensor:
-        def take() -> torch.Tensor:
-            tensor = torch.zeros(100)
-            read.append(name)
-            held.append(weakref.ref(tensor))
-            alive.append(sum(one() is not None for one in held))
-            return tensor
-
-        return attrs.evolve(whole_tensor(torch.zeros(100)), read=take)
-
-    held: list[weakref.ref[torch.Tensor]] = []
-    tensors = {name: whole(name) for name in "badc"}
-    for chunk in safetensors_chunks(tensors):
-        del chunk
-    assert alive == [1, 1, 1, 1]
-    assert read == ["a", "b", "c", "d"]
-    assert [tensors[name] for name in read] == reading_order(tensors)
+def test_pieces_that_are_longer_than_what_was_said_are_refused() -> None:
+    """The header is written before the values, so bytes beyond what it says are an error that names the tensor."""
+    with pytest.raises(CheckpointError, match="a has 4 bytes more than was said"):
+        list(safetensors_chunks({"a": torch.zeros(3)}, [bytes_of(torch.zeros(4))]))

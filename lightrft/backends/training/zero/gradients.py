@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from lightrft.backends.copying import await_copy
 from lightrft.backends.training.clipping import (
     NO_GRADIENT,
     clip_gradients,
@@ -71,6 +72,7 @@ def step_window(
         raise StepError(
             f"optimizer={type(optimizer).__name__} is not the one that this model was prepared with; pass its own."
         )
+    await_copy(optimizer, model)  # here, because it is a copy of the optimizer that steps
     reached = _complete(engine, cast("EngineModel", model))
     taken = _step_shards(engine, reached, max_norm=max_norm, clips_itself=clips_itself)
     # schedules of torch ask the optimizer whether it stepped, and it was a copy of it that did
@@ -83,6 +85,7 @@ def _step_whole(engine: Engine, optimizer: Optimizer, max_norm: float) -> tuple[
     norm = clip_gradients(optimizer, max_norm)
     reason = None if math.isfinite(norm) else not_finite_reason(norm, engine.module, optimizer)
     if reason is None:
+        await_copy(optimizer, engine.module)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, reason

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lightrft.backends.copying import await_copy
 from lightrft.backends.launch import device_of_process
 from lightrft.backends.training.memory import move_handles
 from lightrft.backends.training.parameters import named_tensors as named_whole_tensors
@@ -86,6 +87,7 @@ def moving_average(model: nn.Module, model_ema: nn.Module, beta: float = 0.992) 
             f"model_ema={type(model_ema).__name__} differs from the model in {different[0]!r} and "
             f"{len(different) - 1} other parameters; pass copy.deepcopy(model)."
         )
+    await_copy(model_ema)
     for name, live in averages.items():
         parameter, average = _alike(parameters[name], live)
         # lerp is exact at both ends: beta=1 leaves the average alone and beta=0 copies
@@ -130,6 +132,7 @@ def _reload_engine(engine: Engine) -> None:
 
 
 def _move(handles: tuple[nn.Module | Optimizer, ...], device: str, move_engine: Callable[[Engine], None]) -> None:
+    await_copy(*handles)
     if device_of_process() == "cpu":
         return
     for handle in handles:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightrft.testing.law import Law
-from lightrft.testing.laws.checkpoint import code, damage, export, kill, latest, resume, retention
+from lightrft.testing.laws.checkpoint import background, code, damage, export, kill, latest, resume, retention
 
 __all__ = ["LAWS"]
 
@@ -12,6 +12,7 @@ LAWS: tuple[Law, ...] = (
     *latest.LAWS,
     *retention.LAWS,
     *kill.LAWS,
+    *background.LAWS,
     *damage.LAWS,
     *code.LAWS,
     *export.LAWS,

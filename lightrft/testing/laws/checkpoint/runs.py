@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightrft.data.sampler import ResumableSampler
 from lightrft.errors import LawError
-from lightrft.strategy.protocols import Checkpointable, Json, LoadedCheckpoint, StepResult, Trainable
+from lightrft.strategy.protocols import BackgroundSaves, Checkpointable, Json, LoadedCheckpoint, StepResult, Trainable
 from lightrft.strategy.record import Strategy
 from lightrft.testing.cases.models import ModelCase, build_model, model_cases
 from lightrft.testing.subject import Rank
@@ -217,7 +217,12 @@ def trace(live: Live, micro_batches: int, *, at: Mapping[int, Callable[[], objec
 
 
 def save(
-    live: Live, directory: Path, *, step: int | None = None, client_state: Mapping[str, Json] | None = None
+    live: Live,
+    directory: Path,
+    *,
+    step: int | None = None,
+    client_state: Mapping[str, Json] | None = None,
+    background: BackgroundSaves | None = None,
 ) -> Path:
     """Save a run.
 
@@ -226,10 +231,17 @@ def save(
         directory: of all its checkpoints.
         step: number of the checkpoint.
         client_state: to save beside it.
+        background: writes while training goes on.
     """
     model, optimizer, scheduler = _passed(live)
     return live.strategy.save_ckpt(
-        model, directory, optimizer=optimizer, scheduler=scheduler, step=step, client_state=client_state
+        model,
+        directory,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        step=step,
+        client_state=client_state,
+        background=background,
     )
 
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightrft.config import StrategyConfig
-from lightrft.strategy.protocols import Checkpointable, Json, LoadedCheckpoint, Trainable
+from lightrft.strategy.protocols import BackgroundSaves, Checkpointable, Json, LoadedCheckpoint, Trainable
 from lightrft.strategy.record import Strategy
 from lightrft.testing.mutants.mutant import BreakStrategy
 
@@ -45,6 +45,7 @@ class SaveCall:
     keep_every: int
     keep_best: int
     metric: float | None
+    background: BackgroundSaves | None = None
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -107,6 +108,7 @@ def broken_save(wrong: WrongSave) -> BreakStrategy:
             keep_every: int = 0,
             keep_best: int = 0,
             metric: float | None = None,
+            background: BackgroundSaves | None = None,
         ) -> Path:
             call = SaveCall(
                 model=model,
@@ -120,6 +122,7 @@ def broken_save(wrong: WrongSave) -> BreakStrategy:
                 keep_every=keep_every,
                 keep_best=keep_best,
                 metric=metric,
+                background=background,
             )
             return wrong(strategy, call)
 
@@ -173,6 +176,7 @@ def do_save(strategy: Strategy, call: SaveCall) -> Path:
         keep_every=call.keep_every,
         keep_best=call.keep_best,
         metric=call.metric,
+        background=call.background,
     )
 
 
