@@ -16,8 +16,8 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -92,16 +92,13 @@ def write_file(path: Path, chunks: Iterable[memoryview | bytes]) -> FileRecord:
     size = 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        with ThreadPoolExecutor(max_workers=1) as pool:  # its thread starts with the first large block
-            for block in _blocks(chunks):
-                if len(block) < _INLINE_SIZE:
-                    digest.update(block)
-                    _write_all(descriptor, block)
-                else:
-                    hashing = pool.submit(digest.update, block)
-                    _write_all(descriptor, block)
-                    hashing.result()
-                size += len(block)
+        for block in _blocks(chunks):
+            if len(block) < _INLINE_SIZE:
+                digest.update(block)
+                _write_all(descriptor, block)
+            else:
+                _write_and_digest(descriptor, block, digest.update)
+            size += len(block)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -295,6 +292,16 @@ def _blocks(chunks: Iterable[memoryview | bytes]) -> Iterator[memoryview]:
         view = memoryview(chunk)
         for start in range(0, len(view), _BLOCK_SIZE):
             yield view[start : start + _BLOCK_SIZE]
+
+
+def _write_and_digest(descriptor: int, block: memoryview, update: Callable[[memoryview], None]) -> None:
+    # a plain thread, because a pool takes nothing any more once the main thread has ended, and a save may go on
+    hashing = threading.Thread(target=update, args=(block,))
+    hashing.start()
+    try:
+        _write_all(descriptor, block)
+    finally:
+        hashing.join()
 
 
 def _write_all(descriptor: int, block: memoryview) -> None:
