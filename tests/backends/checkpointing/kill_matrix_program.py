@@ -3,8 +3,9 @@
 
 The operations are found by tracing: every call of a C function of `posix`, `fcntl` or `_io` while a save runs. The
 writer is a fork of this process, which runs one thread, so that torch is imported once. What the disk holds after one
-operation is what it holds before the next, so killing before each and after the last covers every instant. Prints one
-JSON object.
+operation is what it holds before the next, so killing before each and after the last covers every instant. With
+"background" the save is written by a thread while the run goes on, and that thread is traced, too. Prints one JSON
+object.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import random
 import re
 import shutil
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lightrft.backends.checkpointing.background import saving_thread
 from lightrft.backends.checkpointing.canonical import build_checkpointing
 from lightrft.backends.checkpointing.live import build_live_access
 from lightrft.backends.collectives.single import build_collectives
@@ -64,11 +67,24 @@ def trace(
         if event == "c_call" and is_traced(function):
             on_operation(str(getattr(function, "__name__", function)))
 
+    threading.setprofile(profile)  # of threads that begin meanwhile
     sys.setprofile(profile)
     try:
         action()
     finally:
         sys.setprofile(None)
+        threading.setprofile(None)
+
+
+def go_on(trainable: Trainable) -> list[float]:
+    """Take the steps that follow a checkpoint, and return where they lead."""
+    model, optimizer, scheduler = trainable
+    for _ in range(2):
+        optimizer.zero_grad()
+        (model(torch.rand(1, 2)) - 1).square().sum().backward()
+        optimizer.step()
+        scheduler.step()
+    return [value for parameter in model.parameters() for value in parameter.flatten().tolist()]
 
 
 def in_child(action: Callable[[], object]) -> int:
@@ -94,7 +110,7 @@ def fingerprint(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def main(root: Path) -> None:
+def main(root: Path, *, in_background: bool) -> None:
     torch.set_num_threads(1)
     collectives = build_collectives(StrategyConfig(strategy="single"))
     collectives.setup_distributed()
@@ -109,13 +125,23 @@ def main(root: Path) -> None:
     (leftover / "content" / "model.model.safetensors").write_bytes(b"half")
 
     stream = torch.get_rng_state()
+    uninterrupted: dict[str, list[float]] = {}
 
     def save(directory: Path) -> None:
         random.seed(0)
         np.random.seed(0)  # noqa: NPY002 (numpy's global stream)
         torch.set_rng_state(stream)  # equal bytes for equal operations: a state of the disk is looked at once
+        trainable = make(3.0)
         # retention removes step 1 after the commit, so that removal is killed too
-        functions.save_ckpt(make(3.0), directory, step=3, client_state={"value": 3}, max_num=2)
+        if in_background:
+            with saving_thread(collectives) as background:
+                functions.save_ckpt(
+                    trainable, directory, step=3, client_state={"value": 3}, max_num=2, background=background
+                )
+                uninterrupted["after 3"] = go_on(trainable)
+        else:
+            functions.save_ckpt(trainable, directory, step=3, client_state={"value": 3}, max_num=2)
+            uninterrupted["after 3"] = go_on(trainable)
 
     def check(directory: Path) -> list[int]:
         committed = sorted(int(path.name[5:]) for path in directory.glob("step-*"))
@@ -126,6 +152,8 @@ def main(root: Path) -> None:
             value = float(loaded.step)
             assert loaded.client_state == {"value": loaded.step}
             assert live.model.get_parameter("weight").tolist() == [[value, value]]
+            if loaded.step == 3:
+                assert go_on(live) == uninterrupted["after 3"]
         assert loaded.step == committed[-1]
         functions.save_ckpt(make(4.0), directory, step=4, client_state={"value": 4})
         assert all(path.name.startswith("step-") for path in directory.iterdir()), list(directory.iterdir())
@@ -177,4 +205,4 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), in_background="background" in sys.argv[2:])

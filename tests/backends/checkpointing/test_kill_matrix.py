@@ -7,13 +7,17 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 import lightrft
 
 
-def test_a_writer_killed_at_any_operation_loses_nothing() -> None:
+@pytest.mark.parametrize("how", ["at once", "background"])
+def test_a_writer_killed_at_any_operation_loses_nothing(how: str) -> None:
     """Whatever the operation before which a save dies, every committed checkpoint loads, and the next save succeeds.
 
-    The newest committed one is what is found, the oldest goes after its successor is there, and no rubbish stays.
+    The newest committed one is what is found, a run that goes on from it goes on as the uninterrupted one, the oldest
+    goes after its successor is there, and no rubbish stays.
     """
     # a file system in memory where there is one: what is tested is the order of operations, not the disk
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108
@@ -21,7 +25,7 @@ def test_a_writer_killed_at_any_operation_loses_nothing() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(lightrft.__file__).parents[1])}
     with tempfile.TemporaryDirectory(dir=memory) as directory:
         done = subprocess.run(  # noqa: S603 (our own program)
-            [sys.executable, str(program), directory], capture_output=True, text=True, env=environment, check=False
+            [sys.executable, str(program), directory, how], capture_output=True, text=True, env=environment, check=False
         )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
