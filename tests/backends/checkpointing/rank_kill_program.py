@@ -2,7 +2,8 @@
 
 The operations are found by tracing, as in `kill_matrix_program`, less those that look: torch looks at its sources when
 it likes. The ranks are forks of this process, which runs one thread, so that torch is imported once; each pair meets
-over gloo. Left out is what is rank 0's alone and is killed there: retention, and each of many writes of one file.
+over gloo. Left out is what is rank 0's alone and is killed there: retention, and each of many writes of one file. With
+"background" the saves are written by a thread of each rank, over a second gloo, while the ranks train on.
 Writes result.json. Run by test_rank_kills.py.
 """
 
@@ -32,6 +33,7 @@ from kill_matrix_program import trace
 from strategy_programs import Job, built, train
 
 from lightrft.config import EngineConfig, StrategyConfig
+from lightrft.strategy.background import background_saves
 from lightrft.strategy.build import get_strategy
 from lightrft.testing.subject import Rank
 
@@ -62,6 +64,7 @@ class Save:
         store: where the ranks meet; a file that is not there.
         kill: who dies in the last step; None for nobody.
         log: file where each rank notes its operations of the last step, with what it had on the disk; None for none.
+        in_background: whether a thread writes.
     """
 
     job: Job
@@ -70,6 +73,7 @@ class Save:
     store: Path
     kill: Kill | None = None
     log: Path | None = None
+    in_background: bool = False
 
 
 def rank_of(number: int, world_size: int, directory: Path) -> Rank:
@@ -100,7 +104,13 @@ def run_rank(number: int, save: Save) -> str:
         strategy.barrier()  # nobody writes before everybody has come this far
 
         def act() -> None:
-            strategy.save_ckpt({"actor": trainable}, save.directory, step=step)  # noqa: B023 (called at once)
+            if not save.in_background:
+                strategy.save_ckpt({"actor": trainable}, save.directory, step=step)  # noqa: B023 (called at once)
+                return
+            with background_saves(strategy) as background:  # noqa: B023
+                strategy.save_ckpt({"actor": trainable}, save.directory, step=step, background=background)  # noqa: B023
+                # a rank that trains on meets the loss of another there, too, and what it says must be the save's
+                background.wait()
 
         if step == save.steps[-1] and save.kill is not None:
             trace(act, killer(number, save.kill), may_change)
@@ -217,7 +227,7 @@ def import_again(modules: list[str]) -> None:
                 importlib.import_module(module)
 
 
-def main(root: Path, name: str, stage: int) -> None:
+def main(root: Path, name: str, stage: int, *, in_background: bool) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     log, reference, base, killed = (root / each for each in ("log", "reference", "base", "killed"))
@@ -227,6 +237,7 @@ def main(root: Path, name: str, stage: int) -> None:
         steps=(1, 2, 3),
         store=root / "store",
         log=log,
+        in_background=in_background,
     )
     assert run_ranks(save) == {0: "saved", 1: "saved"}
     import_again(json.loads(log_of(log, 0).read_text())[1])
@@ -253,4 +264,4 @@ def main(root: Path, name: str, stage: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), in_background="background" in sys.argv[4:])

@@ -12,8 +12,9 @@ import lightrft
 from lightrft.testing.ranks.here import scratch_directory
 
 
+@pytest.mark.parametrize("how", ["at once", "background"])
 @pytest.mark.parametrize(("strategy", "stage"), [("fsdp2", 0), ("deepspeed", 3)])
-def test_ranks_killed_at_any_operation_lose_nothing(strategy: str, stage: int) -> None:
+def test_ranks_killed_at_any_operation_lose_nothing(strategy: str, stage: int, how: str) -> None:
     """Whichever rank dies, or all, and wherever, what is committed is whole and loads, and the next save succeeds.
 
     A rank that is left is told; it says neither that it saved what is not there, nor waits.
@@ -26,7 +27,7 @@ def test_ranks_killed_at_any_operation_lose_nothing(strategy: str, stage: int) -
     }
     with scratch_directory() as directory:
         done = subprocess.run(  # noqa: S603 (our own program)
-            [sys.executable, str(program), str(directory), strategy, str(stage)],
+            [sys.executable, str(program), str(directory), strategy, str(stage), how],
             capture_output=True,
             text=True,
             env=environment,
