@@ -2,7 +2,7 @@
 
 The tensors of a model may lie whole on every rank, or in parts on all of them. What is on disk are whole tensors under
 the names of the plain model; a backend says what there is and what this rank has of it, without communication, and
-turns a whole tensor into an action that writes this rank's part of it.
+turns a tensor of a file into an action that reads this rank's part of it to where it belongs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from lightrft.strategy.protocols.training import UnwrapModel
 
 __all__ = [
+    "CopyInto",
     "GetModelState",
     "GetOptimizerState",
     "LiveTensor",
@@ -31,33 +32,9 @@ __all__ = [
     "PlanTensor",
     "ReadGradients",
     "ReadPart",
-    "ReadTensor",
     "StateAccess",
-    "WholeTensor",
+    "StoredTensor",
 ]
-
-
-class ReadTensor(Protocol):
-    """Reads one whole tensor."""
-
-    def __call__(self) -> torch.Tensor:
-        """Return the whole tensor, with its values; nobody writes to it, and it is not kept."""
-        ...
-
-
-@attrs.frozen(kw_only=True, eq=False)
-class WholeTensor:
-    """A tensor that is read as a whole when it is asked for, from a file say.
-
-    Attributes:
-        shape: of the tensor.
-        dtype: of its elements.
-        read: reads its values.
-    """
-
-    shape: Sequence[int]
-    dtype: torch.dtype
-    read: ReadTensor
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -104,22 +81,58 @@ class LiveTensor:
     is_buffer: bool = False
 
 
+class CopyInto(Protocol):
+    """Reads elements of a tensor of a file."""
+
+    def __call__(self, target: torch.Tensor, *, start: int = 0) -> None:
+        """Overwrite a tensor with as many elements, in row-major order, as it has; nothing is communicated.
+
+        A dense target in main memory is read to at once; another one takes the memory of a bucket of constant size,
+        or its own where its elements do not lie in a row.
+
+        Args:
+            target: of any device, stride and dtype; no element of it may be another's.
+            start: number of the first element that is read.
+
+        Raises:
+            OSError: the file cannot be read; the target may hold some of the elements then.
+        """
+        ...
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class StoredTensor:
+    """A tensor of an open file, as the plain model or its optimizer has it.
+
+    Attributes:
+        shape: of the whole tensor.
+        dtype: of its elements.
+        copy_into: reads some of them, or all.
+    """
+
+    shape: Sequence[int]
+    dtype: torch.dtype
+    copy_into: CopyInto
+
+
 class PlanTensor(Protocol):
-    """Prepares the writing of one tensor of a model."""
+    """Prepares the reading of one tensor of a model."""
 
-    def __call__(self, name: str, saved: torch.Tensor, *, source: str) -> Callable[[], None]:
-        """Return an action that writes this rank's part of the saved tensor; nothing is changed yet.
+    def __call__(self, name: str, saved: StoredTensor, *, source: str) -> Callable[[], None]:
+        """Return an action that reads this rank's part of a stored tensor into the live one; nothing is changed yet.
 
-        The action keeps no more than this rank's part, checks nothing and cannot fail. It runs on all ranks in one
-        order, after every rank has said that it has nothing to refuse.
+        What depends on values is checked here, by reading them. The action refuses nothing and communicates nothing,
+        needs the memory of one tensor at most, and fails only where the file can no longer be read. It runs once,
+        after every rank has said that it has nothing to refuse.
 
         Args:
             name: one of `ModelState.tensors`.
-            saved: the whole tensor, of the shape and dtype that stand there.
+            saved: the whole tensor in its file, of the shape and dtype that stand there.
             source: what the tensor is called in errors.
 
         Raises:
             CheckpointError: the live tensor cannot hold the values.
+            OSError: the file cannot be read.
         """
         ...
 
@@ -142,10 +155,10 @@ class ReadGradients(Protocol):
 class PlanGradients(Protocol):
     """Prepares the writing of this rank's gradients."""
 
-    def __call__(self, saved: Mapping[str, torch.Tensor], *, source: str) -> Callable[[], None]:
+    def __call__(self, saved: Mapping[str, StoredTensor], *, source: str) -> Callable[[], None]:
         """Return an action that makes these the gradients of the open window; all others are dropped.
 
-        For the action, see `PlanTensor`.
+        For the action, see `PlanTensor`. A gradient that is not there yet may be allocated and read here.
 
         Args:
             saved: what `ReadGradients` returned; empty where the checkpoint was saved between two windows.
@@ -153,6 +166,7 @@ class PlanGradients(Protocol):
 
         Raises:
             CheckpointError: names, shapes or dtypes are not those of this rank's gradients.
+            OSError: the file cannot be read.
         """
         ...
 
@@ -212,16 +226,19 @@ class PlanParameterState(Protocol):
     ) -> Callable[[], None]:
         """Return an action that makes this the state of the parameter; for the action, see `PlanTensor`.
 
-        The optimizer may have no state yet, or state under other keys, which goes.
+        The optimizer may have no state yet, which is allocated and read here, where it changes nothing and is no second
+        copy of anything; the action makes it the optimizer's. State under other keys goes.
 
         Args:
             name: one of the `ParameterGroup.parameters`.
-            saved: whole tensors, and values that are none, by the optimizer's keys; None where the parameter has none.
+            saved: `StoredTensor`s, and values that are no tensors, by the optimizer's keys; None where the parameter
+                has none.
             options: of its group, as they will be.
             source: what the state is called in errors.
 
         Raises:
             CheckpointError: the live optimizer cannot hold the state.
+            OSError: the file cannot be read.
         """
         ...
 

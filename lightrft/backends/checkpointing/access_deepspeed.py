@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightrft.backends.checkpointing.access import LiveTensor, ModelState, OptimizerState, Part, StateAccess
+from lightrft.backends.checkpointing.access import (
+    LiveTensor,
+    ModelState,
+    OptimizerState,
+    Part,
+    StateAccess,
+    StoredTensor,
+)
 from lightrft.backends.checkpointing.flat_state import flat_optimizer_state
 from lightrft.backends.checkpointing.live import build_live_access
 from lightrft.backends.checkpointing.named import describe, difference, named_state
 from lightrft.backends.checkpointing.sharded import live_tensor
+from lightrft.backends.checkpointing.stored import read_stored
 from lightrft.backends.zero.model import EngineModel, is_own_optimizer
 from lightrft.backends.zero.package import Engine
 from lightrft.backends.zero.shards import (
     Fragment,
-    cut,
-    cut_fragment,
     forget_second_copy,
     fragments,
     is_partitioned,
@@ -26,6 +33,7 @@ from lightrft.backends.zero.shards import (
     part_of,
     shard_of,
     shard_without_padding,
+    start_of_shard,
     whole_shape,
 )
 from lightrft.errors import CheckpointError
@@ -81,7 +89,7 @@ def _model_state(model: EngineModel, plain: nn.Module, owner: str) -> ModelState
     live = named_state(plain, owner=owner)
     stepped = _fragments(model, plain)
 
-    def plan_tensor(name: str, saved: torch.Tensor, *, source: str) -> Callable[[], None]:
+    def plan_tensor(name: str, saved: StoredTensor, *, source: str) -> Callable[[], None]:
         del source  # any values fit
         return _plan_tensor(live.tensors[name], stepped.get(name), saved)
 
@@ -93,7 +101,7 @@ def _model_state(model: EngineModel, plain: nn.Module, owner: str) -> ModelState
             )
         return {name: gradient for name, gradient in _gradients(model).items() if gradient.any()}
 
-    def plan_gradients(saved: Mapping[str, torch.Tensor], *, source: str) -> Callable[[], None]:
+    def plan_gradients(saved: Mapping[str, StoredTensor], *, source: str) -> Callable[[], None]:
         return _plan_gradients(model, saved, source)
 
     return ModelState(
@@ -117,22 +125,25 @@ def _described(tensor: torch.Tensor, name: str) -> LiveTensor:
     return LiveTensor(shape=whole_shape(tensor), dtype=tensor.dtype, part=part, is_whole=False)
 
 
-def _plan_tensor(live: torch.Tensor, fragment: Fragment | None, saved: torch.Tensor) -> Callable[[], None]:
-    """Return an action that writes the parameter, or this rank's shard of it, and what the optimizer steps of it."""
-    targets: list[tuple[torch.Tensor, torch.Tensor]] = []
-    if is_partitioned(live):
-        targets.append((shard_of(live), cut(saved, live).clone()))
-    if not is_partitioned(live) or is_whole_too(live):
-        targets.append((live.detach(), saved))
-    if fragment is not None:
-        targets.append((part_of(fragment.flat, fragment), cut_fragment(saved, fragment).clone()))
+def _plan_tensor(live: torch.Tensor, fragment: Fragment | None, saved: StoredTensor) -> Callable[[], None]:
+    """Return an action that reads the parameter, or this rank's shard of it, and what the optimizer steps of it."""
 
     def write() -> None:
-        for target, value in targets:
-            target.copy_(value)
+        if is_partitioned(live):
+            _read_shard(shard_of(live), start_of_shard(live), saved)
+        if not is_partitioned(live) or is_whole_too(live):
+            saved.copy_into(live.detach())
+        if fragment is not None:
+            saved.copy_into(part_of(fragment.flat, fragment), start=fragment.start)
         forget_second_copy(live)
 
     return write
+
+
+def _read_shard(shard: torch.Tensor, start: int, saved: StoredTensor) -> None:
+    size = min(shard.numel(), max(math.prod(saved.shape) - start, 0))
+    saved.copy_into(shard.narrow(0, 0, size), start=start)
+    shard.narrow(0, size, shard.numel() - size).zero_()  # behind the end of the parameter
 
 
 def _gradients(model: EngineModel) -> dict[str, torch.Tensor]:
@@ -168,7 +179,7 @@ def _like_gradients(model: EngineModel) -> dict[str, torch.Tensor]:
     return {f"zero1.{place}": each for place, each in enumerate(parameters)}
 
 
-def _plan_gradients(model: EngineModel, saved: Mapping[str, torch.Tensor], source: str) -> Callable[[], None]:
+def _plan_gradients(model: EngineModel, saved: Mapping[str, StoredTensor], source: str) -> Callable[[], None]:
     like = _like_gradients(model)
     words = difference(saved=describe(saved), live=describe({name: like[name] for name in like if name in saved}))
     if words is not None:
@@ -177,10 +188,21 @@ def _plan_gradients(model: EngineModel, saved: Mapping[str, torch.Tensor], sourc
             "the optimizer_step that completes the window."
         )
 
+    present = _gradients(model)
+    gradients: dict[str, torch.Tensor] = {}
+    there: list[tuple[StoredTensor, torch.Tensor]] = []
+    for name, each in like.items():
+        if name in saved and name in present:
+            gradients[name] = present[name]
+            there.append((saved[name], present[name]))
+        elif name in saved:
+            gradients[name] = read_stored(saved[name]).to(each.device)
+
     def set_gradients() -> None:
+        for stored, gradient in there:
+            stored.copy_into(gradient)
         if model.stepped:
-            found = {name: each for name, each in like.items() if name in saved}
-            _set_gradients(model, {name: saved[name].to(each.device, copy=True) for name, each in found.items()})
+            _set_gradients(model, gradients)
 
     return set_gradients
 
@@ -188,17 +210,16 @@ def _plan_gradients(model: EngineModel, saved: Mapping[str, torch.Tensor], sourc
 def _set_gradients(model: EngineModel, gradients: Mapping[str, torch.Tensor]) -> None:
     zero, stage = _engine(model).optimizer, _stage(model)
     if stage == 3:
-        zero.grad_partitions_flat_buffer.zero_()
-        for gradient in gradients.values():
-            zero.grad_partitions_flat_buffer.copy_(gradient)
+        if not gradients:  # what there is was read to its place
+            zero.grad_partitions_flat_buffer.zero_()
     elif stage == 2:
         for number, group in enumerate(zero.params_in_partition):
-            names = [f"zero2.{number}.{place}" for place in range(len(group))]
-            found = [
-                gradients[name] if name in gradients else torch.zeros_like(parameter)
-                for name, parameter in zip(names, group, strict=True)
-            ]
-            zero.all_grad_tensors[number] = found if gradients else None
+            found = [gradients.get(f"zero2.{number}.{place}") for place in range(len(group))]
+            zero.all_grad_tensors[number] = (
+                [torch.zeros_like(like) if each is None else each for like, each in zip(group, found, strict=True)]
+                if gradients
+                else None
+            )
     else:
         parameters = (parameter for group in zero.bit16_groups for parameter in group)
         for place, parameter in enumerate(parameters):

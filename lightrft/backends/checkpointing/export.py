@@ -17,14 +17,14 @@ from lightrft.backends.checkpointing.access import (
     OptimizerState,
     Part,
     StateAccess,
-    WholeTensor,
+    StoredTensor,
 )
 from lightrft.backends.checkpointing.huggingface import build_save_model
 from lightrft.backends.checkpointing.layout import model_file, state_file
 from lightrft.backends.checkpointing.lossless import as_dict, loads
 from lightrft.backends.checkpointing.manifest import Manifest, verify_file
 from lightrft.backends.checkpointing.named import difference
-from lightrft.backends.checkpointing.tensor_files import stored_tensors
+from lightrft.backends.checkpointing.stored import read_stored, stored_tensors
 from lightrft.errors import CheckpointError, UnsupportedError
 from lightrft.strategy.protocols.checkpointing import SavesTokenizer
 from lightrft.strategy.protocols.collectives import Collectives
@@ -42,7 +42,7 @@ class StoredModel:
         aliases: every further name of a tied tensor, and its first name.
     """
 
-    tensors: Mapping[str, WholeTensor]
+    tensors: Mapping[str, StoredTensor]
     aliases: Mapping[str, str]
 
 
@@ -124,9 +124,9 @@ def _access(stored: StoredModel) -> StateAccess:
     return StateAccess(unwrap_model=unwrap_model, model_state=model_state, optimizer_state=_optimizer_state)
 
 
-def _as_if_live(tensor: WholeTensor) -> LiveTensor:
+def _as_if_live(tensor: StoredTensor) -> LiveTensor:
     def part() -> Part:
-        return Part(values=tensor.read(), start=0)
+        return Part(values=read_stored(tensor), start=0)
 
     return LiveTensor(shape=tensor.shape, dtype=tensor.dtype, part=part, is_whole=True)
 
@@ -135,12 +135,12 @@ def _no_gradients() -> Mapping[str, torch.Tensor]:
     return {}
 
 
-def _plan_tensor(name: str, saved: torch.Tensor, *, source: str) -> Callable[[], None]:
+def _plan_tensor(name: str, saved: StoredTensor, *, source: str) -> Callable[[], None]:
     del saved, source
     raise UnsupportedError(f"{name} is in a checkpoint, which is only read; load into a live model.")
 
 
-def _plan_gradients(saved: Mapping[str, torch.Tensor], *, source: str) -> Callable[[], None]:
+def _plan_gradients(saved: Mapping[str, StoredTensor], *, source: str) -> Callable[[], None]:
     del saved
     raise UnsupportedError(f"{source} is for gradients of a live model, not of a checkpoint; load into a live model.")
 

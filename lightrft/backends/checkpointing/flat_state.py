@@ -5,16 +5,40 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
+import attrs
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightrft.backends.checkpointing.access import LiveTensor, OptimizerState, ParameterGroup, ParameterState, Part
+from lightrft.backends.checkpointing.access import (
+    LiveTensor,
+    OptimizerState,
+    ParameterGroup,
+    ParameterState,
+    Part,
+    StoredTensor,
+)
 from lightrft.backends.checkpointing.sharded import live_tensor
-from lightrft.backends.zero.shards import Fragment, cut_fragment, part_of, whole_shape
+from lightrft.backends.checkpointing.stored import empty_like, read_stored
+from lightrft.backends.zero.shards import Fragment, part_of, whole_shape
 from lightrft.errors import CheckpointError
 
 __all__ = ["flat_optimizer_state"]
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class _FlatPlan:
+    """What the state of one flat tensor will be.
+
+    Attributes:
+        shared: what belongs to all parameters of it.
+        tensors: the states that are laid out as it, by key: those that are there, or new ones.
+        made: keys of the new ones.
+    """
+
+    shared: Mapping[str, object]
+    tensors: dict[str, torch.Tensor] = attrs.field(factory=dict[str, torch.Tensor])
+    made: set[str] = attrs.field(factory=set[str])
 
 
 def flat_optimizer_state(
@@ -35,7 +59,7 @@ def flat_optimizer_state(
         groups: names of the parameters of each group.
     """
     shapes = {name: whole_shape(parameter) for name, parameter in model.named_parameters()}
-    planned: dict[int, Mapping[str, object]] = {}  # what belongs to all parameters of a flat tensor
+    plans: dict[int, _FlatPlan] = {}
     flats = {name: fragment.flat for name, fragment in fragments.items()}
     parameters: dict[str, ParameterState] = {}
     for names in groups:
@@ -52,18 +76,25 @@ def flat_optimizer_state(
         if fragment is None:
             return _nothing
         flat, whole = fragment.flat, _whole(saved or {}, fragment)
-        shared = {key: value for key, value in (saved or {}).items() if key not in whole}
         if saved is not None:
-            _require_same(planned.setdefault(id(flat), shared), shared, source)
-        parts = {key: cut_fragment(value, fragment).clone() for key, value in whole.items()}
+            shared = {key: _value(value) for key, value in saved.items() if key not in whole}
+            plan = plans.setdefault(id(flat), _FlatPlan(shared=shared))
+            _require_same(plan.shared, shared, source)
+            _make_room(plan, whole, flat, cast("Mapping[str, object]", optimizer.state.get(flat, {})))
+            for key in plan.made & whole.keys():  # what is new is read here, since it changes nothing that is live
+                _read_part(whole.pop(key), plan.tensors[key], fragment)
 
         def write() -> None:
-            if id(flat) not in planned:
+            if id(flat) not in plans:
                 optimizer.state.pop(flat, None)
-            elif saved is None:
-                _zero(cast("dict[str, object]", optimizer.state[flat]), fragment)
-            else:
-                _write(cast("dict[str, object]", optimizer.state[flat]), fragment, parts, shared, options)
+                return
+            agreed = plans[id(flat)]
+            for key, stored in whole.items():
+                _read_part(stored, agreed.tensors[key], fragment)
+            if saved is None:
+                for tensor in agreed.tensors.values():
+                    part_of(tensor, fragment).zero_()
+            _set(cast("dict[str, object]", optimizer.state[flat]), agreed, flat.device, options)
 
         return write
 
@@ -104,12 +135,12 @@ def _described(value: torch.Tensor, fragment: Fragment | None, shape: Sequence[i
     return LiveTensor(shape=shape, dtype=value.dtype, part=part, is_whole=fragment is None)
 
 
-def _whole(saved: Mapping[str, object], fragment: Fragment) -> dict[str, torch.Tensor]:
+def _whole(saved: Mapping[str, object], fragment: Fragment) -> dict[str, StoredTensor]:
     """Return what has the shape of the parameter; a count of steps is 0-d, as a parameter may be, too."""
     return {
         key: value
         for key, value in saved.items()
-        if isinstance(value, torch.Tensor) and key != "step" and value.shape == torch.Size(fragment.shape)
+        if isinstance(value, StoredTensor) and key != "step" and tuple(value.shape) == tuple(fragment.shape)
     }
 
 
@@ -131,28 +162,34 @@ def _words(shared: Mapping[str, object]) -> str:
     return ", ".join(f"{key}={value}" for key, value in shared.items()) or "nothing"
 
 
-def _zero(state: Mapping[str, object], fragment: Fragment) -> None:
-    for value in state.values():
-        if isinstance(value, torch.Tensor) and value.shape == fragment.flat.shape:
-            part_of(value, fragment).zero_()
+def _value(saved: object) -> object:
+    return read_stored(saved) if isinstance(saved, StoredTensor) else saved
 
 
-def _write(
-    state: dict[str, object],
-    fragment: Fragment,
-    parts: Mapping[str, torch.Tensor],
-    shared: Mapping[str, object],
-    options: Mapping[str, object],
+def _make_room(
+    plan: _FlatPlan, saved: Mapping[str, StoredTensor], flat: torch.Tensor, present: Mapping[str, object]
 ) -> None:
-    for key in [key for key in state if key not in parts and key not in shared]:
+    for key, stored in saved.items():
+        live = present.get(key)
+        if key in plan.tensors:
+            continue
+        if isinstance(live, torch.Tensor) and live.shape == flat.shape and live.dtype == stored.dtype:
+            plan.tensors[key] = live
+        else:
+            plan.tensors[key] = empty_like(flat, dtype=stored.dtype).zero_()
+            plan.made.add(key)
+
+
+def _read_part(stored: StoredTensor, tensor: torch.Tensor, fragment: Fragment) -> None:
+    stored.copy_into(part_of(tensor, fragment), start=fragment.start)
+
+
+def _set(state: dict[str, object], plan: _FlatPlan, device: torch.device, options: Mapping[str, object]) -> None:
+    for key in [key for key in state if key not in plan.tensors and key not in plan.shared]:
         del state[key]
     # torch keeps step counters on the host, unless its kernels read them
     counts_on_host = not options.get("fused") and not options.get("capturable")
-    for key, value in shared.items():
-        device = "cpu" if key == "step" and counts_on_host else fragment.flat.device
-        state[key] = value.to(device, copy=True) if isinstance(value, torch.Tensor) else value
-    for key, part in parts.items():
-        live = state.get(key)
-        if not isinstance(live, torch.Tensor) or live.shape != fragment.flat.shape or live.dtype != part.dtype:
-            live = state[key] = torch.zeros_like(fragment.flat, dtype=part.dtype, requires_grad=False)
-        part_of(live, fragment).copy_(part)
+    for key, value in plan.shared.items():
+        place = "cpu" if key == "step" and counts_on_host else device
+        state[key] = value.to(place, copy=True) if isinstance(value, torch.Tensor) else value
+    state.update(plan.tensors)

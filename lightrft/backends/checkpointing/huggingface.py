@@ -13,7 +13,7 @@ from typing import Protocol, TypeAlias, cast, runtime_checkable
 import torch
 from torch import nn
 
-from lightrft.backends.checkpointing.access import ModelState, StateAccess, WholeTensor
+from lightrft.backends.checkpointing.access import ModelState, StateAccess, StoredTensor
 from lightrft.backends.checkpointing.adapters import (
     ADAPTERS,
     Adapted,
@@ -34,6 +34,7 @@ from lightrft.backends.checkpointing.durable import (
 )
 from lightrft.backends.checkpointing.gathering import agreed_tables, taking_turns
 from lightrft.backends.checkpointing.named import describe, difference
+from lightrft.backends.checkpointing.stored import read_stored, saying_incomplete
 from lightrft.backends.checkpointing.tensor_files import Described, safetensors_chunks
 from lightrft.backends.checkpointing.turns import Gatherable
 from lightrft.backends.checkpointing.weight_files import (
@@ -129,7 +130,7 @@ def build_load_model(collectives: Collectives, access: StateAccess) -> LoadModel
         await_copy(model, access.unwrap_model(model))
         world_of(collectives)
         directory = Path(load_dir)
-        plans: list[Callable[[], Callable[[], None]]] = []
+        plans: list[Callable[[], None]] = []
         with ExitStack() as files:
 
             def check() -> dict[str, Json]:
@@ -138,31 +139,24 @@ def build_load_model(collectives: Collectives, access: StateAccess) -> LoadModel
                         f"load_dir={str(directory)!r} holds adapters alone; load them with PeftModel.from_pretrained."
                     )
                 live = access.model_state(model, owner="model")
-                saved = _matched(files.enter_context(open_weights(directory)), live, directory)
-                plans.extend(_plan(live, name, saved[name], directory) for name in live.tensors)
-                # every tensor is read and planned once before the first is written: keeping the plans would take
-                # the memory of another model
-                for plan in plans:
-                    plan()
+                with disk_errors("load_dir", directory, advice="pass another directory"):
+                    saved = _matched(files.enter_context(open_weights(directory)), live, directory)
+                    for name in live.tensors:
+                        plans.append(live.plan_tensor(name, saved[name], source=f"{directory}: {name}"))
+                        read_stored(saved[name])  # nothing vouches for the files, so all is read before the first write
                 return {}
 
             def write() -> dict[str, Json]:
-                for plan in plans:
-                    plan()()
+                with saying_incomplete(directory):
+                    for plan in plans:
+                        plan()
                 return {}
 
-            together(collectives, check)
             with torch.no_grad():
+                together(collectives, check)
                 together(collectives, write)
 
     return load_model
-
-
-def _plan(live: ModelState, name: str, saved: WholeTensor, directory: Path) -> Callable[[], Callable[[], None]]:
-    def plan() -> Callable[[], None]:
-        return live.plan_tensor(name, saved.read(), source=f"{directory}: {name}")
-
-    return plan
 
 
 def _export(
@@ -232,12 +226,12 @@ def _exported(model: nn.Module, tensors: Mapping[str, Gatherable], aliases: Mapp
     return {names[first]: tensor for first, tensor in tensors.items()}
 
 
-def _matched(saved: Mapping[str, WholeTensor], live: ModelState, directory: Path) -> dict[str, WholeTensor]:
+def _matched(saved: Mapping[str, StoredTensor], live: ModelState, directory: Path) -> dict[str, StoredTensor]:
     """Return the saved tensors under the live first names, each tied tensor from any of its names."""
-    matched: dict[str, WholeTensor] = {}
+    matched: dict[str, StoredTensor] = {}
     for name, tensor in saved.items():
         first = live.aliases.get(name, name)
-        if first in matched and not torch.equal(matched[first].read(), tensor.read()):
+        if first in matched and not torch.equal(read_stored(matched[first]), read_stored(tensor)):
             raise CheckpointError(
                 f"{directory}: {name} and {first} differ, and the model ties them; load an untied model."
             )

@@ -19,6 +19,7 @@ from lightrft.backends.checkpointing.access import (
     ParameterGroup,
     ParameterState,
     StateAccess,
+    StoredTensor,
 )
 from lightrft.backends.checkpointing.named import NamedState, describe, difference, named_state
 from lightrft.backends.checkpointing.sharded import (
@@ -27,10 +28,11 @@ from lightrft.backends.checkpointing.sharded import (
     is_sharded,
     live_tensor,
     local_part,
-    part_for,
     reshard,
+    stored_part,
     wrap_part,
 )
+from lightrft.backends.checkpointing.stored import empty_like, read_stored
 from lightrft.backends.checkpointing.tensor_files import require_plain
 from lightrft.errors import CheckpointError, ConfigError
 from lightrft.strategy.protocols.training import UnwrapModel
@@ -63,28 +65,40 @@ def build_live_access(unwrap_model: UnwrapModel) -> StateAccess:
     return StateAccess(unwrap_model=unwrap_model, model_state=model_state, optimizer_state=optimizer_state)
 
 
-def copy_plan(live: torch.Tensor, saved: torch.Tensor, *, source: str) -> Callable[[], None]:
-    """Return a function that copies a saved tensor into a live one of its shape and dtype, which keeps its identity.
+def copy_plan(live: torch.Tensor, saved: StoredTensor, *, source: str) -> Callable[[], None]:
+    """Return a function that reads a stored tensor into a live one of its shape and dtype, which keeps its identity.
 
     Args:
-        live: where to; of a sharded tensor, this rank's part alone is written.
+        live: where to; of a sharded tensor, this rank's part alone is read and written.
         saved: where from, whole.
         source: what is copied, for the error.
 
     Raises:
         CheckpointError: the live tensor's elements share memory, and the saved ones differ.
     """
-    target, part = local_part(live).detach(), part_for(saved, live)
-    whole_part = part
-    for dim, stride in enumerate(target.stride()):
-        if stride == 0 and target.shape[dim] > 1:  # an expanded tensor can't be written as a whole
-            part = part.narrow(dim, 0, 1)
-            target = target.narrow(dim, 0, 1)
-    if part.shape != whole_part.shape and not torch.equal(_bits(part.expand_as(whole_part)), _bits(whole_part)):
-        raise CheckpointError(f"{source} is an expanded tensor here and was none there; clone it before loading.")
+    target, part = local_part(live).detach(), stored_part(saved, live)
+    spread = [dim for dim, stride in enumerate(target.stride()) if stride == 0 and target.shape[dim] > 1]
+    if spread:
+        return _expanded_plan(target, part, spread, source)
 
     def copy_into() -> None:
-        target.copy_(part)
+        part.copy_into(target)
+
+    return copy_into
+
+
+def _expanded_plan(target: torch.Tensor, part: StoredTensor, spread: Sequence[int], source: str) -> Callable[[], None]:
+    # an expanded tensor can't be written as a whole
+    whole = read_stored(part)
+    once = whole
+    for dim in spread:
+        target, once = target.narrow(dim, 0, 1), once.narrow(dim, 0, 1)
+    if not torch.equal(_bits(once.expand_as(whole)), _bits(whole)):
+        raise CheckpointError(f"{source} is an expanded tensor here and was none there; clone it before loading.")
+    kept = once.clone()  # not a view, which would keep the rest
+
+    def copy_into() -> None:
+        target.copy_(kept)
 
     return copy_into
 
@@ -97,13 +111,13 @@ def _model_state(model: nn.Module, owner: str) -> ModelState:
     reshard(model)
     live = named_state(model, owner=owner)
 
-    def plan_tensor(name: str, saved: torch.Tensor, *, source: str) -> Callable[[], None]:
+    def plan_tensor(name: str, saved: StoredTensor, *, source: str) -> Callable[[], None]:
         return copy_plan(live.tensors[name], saved, source=source)
 
     def read_gradients() -> Mapping[str, torch.Tensor]:
         return _gradients(model, live, owner)
 
-    def plan_gradients(saved: Mapping[str, torch.Tensor], *, source: str) -> Callable[[], None]:
+    def plan_gradients(saved: Mapping[str, StoredTensor], *, source: str) -> Callable[[], None]:
         return _plan_gradients(model, live, saved, source)
 
     return ModelState(
@@ -144,22 +158,25 @@ def _gradients(model: nn.Module, live: NamedState, owner: str) -> dict[str, torc
 
 
 def _plan_gradients(
-    model: nn.Module, live: NamedState, saved: Mapping[str, torch.Tensor], source: str
+    model: nn.Module, live: NamedState, saved: Mapping[str, StoredTensor], source: str
 ) -> Callable[[], None]:
     names = _gradient_names(live)
     parts = {key: local_part(live.tensors[name]) for key, name in names.items() if key in saved}
     words = difference(saved=describe(saved), live=describe(parts))
     if words is not None:
         raise CheckpointError(f"{source} (gradients) {words}; load into the model that was saved.")
-    gradients = {
-        name: wrap_part(_copy_like(saved[key], parts[key]), live.tensors[name]) if key in saved else None
+    taken = _pointers(live)
+    places = {
+        name: _place(live.tensors[name].grad, saved[key], live.tensors[name], taken)
         for key, name in names.items()
+        if key in saved
     }
 
     def set_gradients() -> None:
         drop_deferred_gradients(model)
-        for name, gradient in gradients.items():
-            live.tensors[name].grad = gradient
+        for name in names.values():
+            live.tensors[name].grad, fill = places.get(name, (None, _nothing))
+            fill()
 
     return set_gradients
 
@@ -167,16 +184,21 @@ def _plan_gradients(
 def _optimizer_state(optimizer: Optimizer, live: NamedState, owner: str) -> OptimizerState:
     groups = _groups(optimizer, live, owner)
     names = [name for group in groups for name in group.parameters]
+    taken = _pointers(live)
 
     def plan_parameter(
         name: str, saved: Mapping[str, object] | None, *, options: Mapping[str, object], source: str
     ) -> Callable[[], None]:
         del source  # any state fits
         parameter = live.tensors[name]
-        state = None if saved is None else _restored(saved, parameter, options)
+        # asked this way, since reading would make an entry
+        present = cast("Mapping[str, object]", optimizer.state.get(parameter, {}))
+        state, fills = _places(saved or {}, present, parameter, options, taken)
 
         def set_state() -> None:
-            if state is None:
+            for fill in fills:
+                fill()
+            if saved is None:
                 optimizer.state.pop(parameter, None)
             else:
                 optimizer.state[parameter] = state
@@ -224,26 +246,64 @@ def _parameter_state(optimizer: Optimizer, parameter: torch.Tensor, path: str) -
     return ParameterState(tensors=tensors, values=values)
 
 
-def _restored(saved: Mapping[str, object], parameter: torch.Tensor, options: Mapping[str, object]) -> dict[str, object]:
+def _places(
+    saved: Mapping[str, object],
+    present: Mapping[str, object],
+    parameter: torch.Tensor,
+    options: Mapping[str, object],
+    taken: set[int],
+) -> tuple[dict[str, object], list[Callable[[], None]]]:
+    """Return a parameter's state, and what reads that of it which is there already; what is new is read here."""
     # torch keeps step counters on the host, unless its kernels read them (as its own `load_state_dict` has it)
     counts_on_host = not options.get("fused") and not options.get("capturable")
     state: dict[str, object] = {}
+    fills: list[Callable[[], None]] = []
     for key, value in saved.items():
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, StoredTensor):
             state[key] = value
         elif key == "step" and counts_on_host:
-            state[key] = value.clone()
+            state[key] = read_stored(value)
+        elif tuple(value.shape) != tuple(parameter.shape):
+            state[key] = read_stored(value).to(local_part(parameter).device)
         else:
-            state[key] = _state_like(value, parameter)
-    return state
+            state[key], fill = _place(present.get(key), stored_part(value, parameter), parameter, taken)
+            fills.append(fill)
+    return state, fills
 
 
-def _state_like(saved: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Return a copy on the parameter's device, laid out as the parameter where the shapes agree."""
-    if saved.shape != parameter.shape:
-        return saved.to(local_part(parameter).device, copy=True)
-    return wrap_part(_copy_like(part_for(saved, parameter), local_part(parameter)), parameter)
+def _place(
+    present: object, part: StoredTensor, parameter: torch.Tensor, taken: set[int]
+) -> tuple[torch.Tensor, Callable[[], None]]:
+    """Return what this rank's part is read to, and what reads it; a new tensor is laid out as the parameter."""
+    like = local_part(parameter)
+    if isinstance(present, torch.Tensor) and is_sharded(present) == is_sharded(parameter):
+        there = local_part(present).detach()
+        if _layout(there) == (part.dtype, tuple(part.shape), like.stride(), like.device) and _take(there, taken):
+
+            def fill() -> None:
+                part.copy_into(there)
+
+            return present, fill
+    fresh = empty_like(like, dtype=part.dtype)
+    part.copy_into(fresh)
+    return wrap_part(fresh, parameter), _nothing
 
 
-def _copy_like(saved: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(part, dtype=saved.dtype, requires_grad=False).copy_(saved)
+def _layout(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], tuple[int, ...], torch.device]:
+    return tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device
+
+
+def _take(tensor: torch.Tensor, taken: set[int]) -> bool:
+    """Return whether no other tensor is read to this memory; if so, it is taken."""
+    pointer = tensor.data_ptr()
+    is_free = pointer not in taken
+    taken.add(pointer)
+    return is_free
+
+
+def _pointers(live: NamedState) -> set[int]:
+    return {local_part(tensor).data_ptr() for tensor in live.tensors.values()}
+
+
+def _nothing() -> None:
+    return

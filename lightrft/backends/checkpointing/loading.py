@@ -1,11 +1,12 @@
-"""`load_ckpt` and `latest_ckpt`: found by looking, verified, built, and only then applied."""
+"""`load_ckpt` and `latest_ckpt`: found by looking, verified, checked on all ranks, and only then applied."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import cast
+from typing import NoReturn, cast
 
 import attrs
 from torch.optim import Optimizer
@@ -13,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightrft.backends.checkpointing.access import StateAccess
 from lightrft.backends.checkpointing.agreement import together
+from lightrft.backends.checkpointing.durable import disk_errors
 from lightrft.backends.checkpointing.entries import Entry, entries_of, handles_of
 from lightrft.backends.checkpointing.layout import (
     CLIENT_STATE,
@@ -26,7 +28,7 @@ from lightrft.backends.checkpointing.layout import (
     state_file,
 )
 from lightrft.backends.checkpointing.lossless import as_dict, decode, loads
-from lightrft.backends.checkpointing.manifest import Manifest, read_manifest, verify_checkpoint
+from lightrft.backends.checkpointing.manifest import Manifest, read_manifest
 from lightrft.backends.checkpointing.named import difference
 from lightrft.backends.checkpointing.randomness import plan_streams
 from lightrft.backends.checkpointing.restore import (
@@ -36,6 +38,8 @@ from lightrft.backends.checkpointing.restore import (
     undo_schedules,
     write_tensors,
 )
+from lightrft.backends.checkpointing.stored import saying_incomplete
+from lightrft.backends.checkpointing.verification import identity_of, share_of, verifying
 from lightrft.backends.copying import await_copy
 from lightrft.backends.world import world_of
 from lightrft.errors import CheckpointError, LightRFTError
@@ -47,7 +51,7 @@ __all__ = ["build_latest_ckpt", "build_load_ckpt"]
 
 @attrs.frozen(kw_only=True, eq=False)
 class _Plan:
-    """What one call restores on this rank, checked and built."""
+    """What one call restores on this rank, checked."""
 
     entries: Sequence[RestorePlan]
     restore_streams: Callable[[], None]
@@ -114,25 +118,53 @@ def _load(
     access: StateAccess,
 ) -> LoadedCheckpoint:
     path = checkpoint_path(directory, step)
+    manifests: list[Manifest] = []
     plans: list[_Plan] = []
+    refusals: list[Exception] = []
 
-    def prepare() -> dict[str, Json]:
-        try:
-            manifest = read_manifest(path, step=step)
-            verify_checkpoint(path, manifest)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}{_older(directory, step)}") from error
-        try:
-            plans.append(_plan(path, manifest, entries, world, access))
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            if isinstance(error, LightRFTError):
-                raise
-            raise CheckpointError(f"{path} has not the form of a checkpoint ({error!r}); load another one.") from error
-        return {}
+    def look() -> dict[str, Json]:
+        with _naming_older(directory, step):
+            manifests.append(read_manifest(path, step=step))
+            return {"identity": identity_of(path, manifests[0].files, rank=world.rank)}
 
-    together(collectives, prepare)
-    _apply(plans[0], path, collectives)
+    identities = [str(told["identity"]) for told in together(collectives, look)]
+    share = share_of(manifests[0].files, identities, rank=world.rank)
+    with ExitStack() as opened:
+
+        def verify() -> dict[str, Json]:
+            # what is planned meanwhile counts for nothing where a file is damaged, its refusal included
+            with _naming_older(directory, step), verifying(path, share):
+                try:
+                    with disk_errors("load_dir", directory, advice="load again, or another checkpoint"):
+                        plans.append(_plan(path, manifests[0], entries, world, access, opened))
+                except Exception as error:  # noqa: BLE001 (told when all files are known to be whole)
+                    refusals.append(error)
+            return {}
+
+        def refuse() -> dict[str, Json]:
+            for error in refusals:
+                _raise_refusal(error, path)
+            return {}
+
+        together(collectives, verify)
+        together(collectives, refuse)
+        _apply(plans[0], path, collectives)
     return LoadedCheckpoint(path=path, step=step, client_state=plans[0].client_state)
+
+
+@contextmanager
+def _naming_older(directory: Path, step: int) -> Generator[None, None, None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_older(directory, step)}") from error
+
+
+def _raise_refusal(error: Exception, path: Path) -> NoReturn:
+    malformed = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+    if isinstance(error, malformed) and not isinstance(error, LightRFTError):
+        raise CheckpointError(f"{path} has not the form of a checkpoint ({error!r}); load another one.") from error
+    raise error
 
 
 def _apply(plan: _Plan, path: Path, collectives: Collectives) -> None:
@@ -141,8 +173,9 @@ def _apply(plan: _Plan, path: Path, collectives: Collectives) -> None:
         return {}
 
     def apply_rest() -> dict[str, Json]:
-        write_tensors(plan.entries)
-        plan.restore_streams()
+        with saying_incomplete(path):
+            write_tensors(plan.entries)
+            plan.restore_streams()
         return {}
 
     try:
@@ -153,11 +186,13 @@ def _apply(plan: _Plan, path: Path, collectives: Collectives) -> None:
     together(collectives, apply_rest)
 
 
-def _plan(path: Path, manifest: Manifest, entries: Sequence[Entry], world: World, access: StateAccess) -> _Plan:
+def _plan(
+    path: Path, manifest: Manifest, entries: Sequence[Entry], world: World, access: StateAccess, opened: ExitStack
+) -> _Plan:
     _require_files(path, manifest, entries)
     _require_whole_window(path, manifest, entries, world)
     return _Plan(
-        entries=[plan_entry(entry, access, path, manifest.files, rank=world.rank) for entry in entries],
+        entries=[plan_entry(entry, access, path, manifest.files, rank=world.rank, opened=opened) for entry in entries],
         restore_streams=plan_streams(path, rank=world.rank, world_size=manifest.world_size),
         client_state=_client_state(path),
     )

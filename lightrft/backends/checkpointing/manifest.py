@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import re
 import stat
@@ -26,14 +27,14 @@ __all__ = [
     "find_damage",
     "read_manifest",
     "render_manifest",
-    "verify_checkpoint",
+    "require_size",
     "verify_file",
 ]
 
 FORMAT_VERSION = 1
 """Version of the layout that this module reads and writes."""
 _FORMAT = "lightrft-checkpoint"
-_BLOCK_SIZE = 1 << 20  # bytes that are digested at once
+_BLOCK_SIZE = 4 << 20  # bytes that are digested at once; other threads run meanwhile
 # no path, no hidden file and no name that a shell takes for an option
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,254}")
 
@@ -132,20 +133,6 @@ def read_manifest(directory: Path, *, step: int) -> Manifest:
     )
 
 
-def verify_checkpoint(directory: Path, manifest: Manifest) -> None:
-    """Check the size and the digest of every file.
-
-    Args:
-        directory: the checkpoint.
-        manifest: what it should hold.
-
-    Raises:
-        CheckpointError: a file is missing, is no plain file, or its content is not what was written; it is named.
-    """
-    for name, record in manifest.files.items():
-        verify_file(directory / name, record)
-
-
 def find_damage(directory: Path, *, step: int, on_read: OnRead | None = None) -> dict[str, str]:
     """Return what is wrong with each damaged file of a checkpoint, by its name; nothing where it verifies.
 
@@ -178,24 +165,38 @@ def verify_file(path: Path, record: FileRecord, *, on_read: OnRead | None = None
     Raises:
         CheckpointError: it is missing, is no plain file, or its content is not what was written.
     """
+    require_size(path, record)
     try:
-        _verify_file(path, record, on_read)
+        digest = _digest(path, on_read)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; load another checkpoint.") from error
+    if digest != record.sha256:
+        raise CheckpointError(
+            f"{path} is damaged: its SHA-256 is not the one that was written; load another checkpoint."
+        )
 
 
-def _verify_file(path: Path, record: FileRecord, on_read: OnRead | None) -> None:
-    status = path.lstat()
+def require_size(path: Path, record: FileRecord) -> os.stat_result:
+    """Check all of a file but its content, and return what the file system says of it.
+
+    Args:
+        path: the file.
+        record: what it should be.
+
+    Raises:
+        CheckpointError: it is missing, is no plain file, or has another size than what was written.
+    """
+    try:
+        status = path.lstat()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; load another checkpoint.") from error
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path} is not a plain file; load another checkpoint.")
     if status.st_size != record.size:
         raise CheckpointError(
             f"{path} has {status.st_size} bytes, and {record.size} were written; load another checkpoint."
         )
-    if _digest(path, on_read) != record.sha256:
-        raise CheckpointError(
-            f"{path} is damaged: its SHA-256 is not the one that was written; load another checkpoint."
-        )
+    return status
 
 
 def _digest(path: Path, on_read: OnRead | None) -> str:

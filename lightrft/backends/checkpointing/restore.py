@@ -1,10 +1,10 @@
-"""Restoring one entry: all is read, checked and built first, and applied when nothing can be refused any more."""
+"""Restoring one entry: all is checked first, and read to its place when nothing can be refused any more."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import cast
 
@@ -12,13 +12,19 @@ import attrs
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightrft.backends.checkpointing.access import ModelState, OptimizerState, ParameterGroup, StateAccess
+from lightrft.backends.checkpointing.access import (
+    ModelState,
+    OptimizerState,
+    ParameterGroup,
+    StateAccess,
+    StoredTensor,
+)
 from lightrft.backends.checkpointing.entries import Entry
 from lightrft.backends.checkpointing.layout import gradients_file, model_file, optimizer_file, state_file
 from lightrft.backends.checkpointing.lossless import as_dict, decode, loads
 from lightrft.backends.checkpointing.named import describe, difference
 from lightrft.backends.checkpointing.state import options_of
-from lightrft.backends.checkpointing.tensor_files import read_tensors
+from lightrft.backends.checkpointing.stored import open_tensors
 from lightrft.errors import CheckpointError
 from lightrft.strategy.protocols.checkpointing import Json
 
@@ -27,12 +33,14 @@ __all__ = ["RestorePlan", "load_schedules", "plan_entry", "undo_schedules", "wri
 
 @attrs.frozen(kw_only=True, eq=False)
 class RestorePlan:
-    """What will be applied to one entry, checked and in memory.
+    """What will be applied to one entry, checked.
 
     Attributes:
-        schedule: restores the schedule, which alone may still fail.
+        schedule: restores the schedule, which alone may still be refused.
         undo_schedule: puts the schedule back as it was.
-        tensors: restores parameters, buffers, gradients and the optimizer; no step of it allocates or checks.
+        tensors: restores parameters, buffers, gradients and the optimizer. What is live is read from its file tensor by
+            tensor, and state that was not there yet has been read; no step refuses, and one fails only where a file
+            can no longer be read.
     """
 
     schedule: Callable[[], None]
@@ -41,19 +49,21 @@ class RestorePlan:
 
 
 def plan_entry(
-    entry: Entry, access: StateAccess, directory: Path, files: Mapping[str, object], *, rank: int
+    entry: Entry, access: StateAccess, directory: Path, files: Mapping[str, object], *, rank: int, opened: ExitStack
 ) -> RestorePlan:
     """Return what restoring the entry will do; the live state is only read.
 
     Args:
         entry: the live model with what trains it.
         access: the backend's.
-        directory: a verified checkpoint.
+        directory: the checkpoint.
         files: its files by name.
         rank: number of this process, whose share of the gradients is restored.
+        opened: keeps the files open until the plan was applied.
 
     Raises:
         CheckpointError: names, shapes, dtypes or ties differ; the message names them and the file.
+        OSError: a file cannot be read.
     """
     record_path = directory / state_file(entry.name)
     record = as_dict(loads(record_path.read_bytes(), source=str(record_path)), source=str(record_path))
@@ -62,11 +72,11 @@ def plan_entry(
         record_path, "tied names", saved=as_dict(record.get("aliases"), source=str(record_path)), live=model.aliases
     )
     model_path = directory / model_file(entry.name)
-    saved = read_tensors(model_path)
+    saved = opened.enter_context(open_tensors(model_path))
     _require_equal(model_path, "parameters and buffers", saved=describe(saved), live=describe(model.tensors))
     restore = [model.plan_tensor(name, saved[name], source=f"{model_path}: {name}") for name in model.tensors]
-    restore.append(_plan_gradients(model, directory / gradients_file(entry.name, rank), files))
-    restore += _plan_optimizer(entry, access, record, directory)
+    restore.append(_plan_gradients(model, directory / gradients_file(entry.name, rank), files, opened))
+    restore += _plan_optimizer(entry, access, record, directory, opened)
     return _plan_schedule(entry, record.get("scheduler"), record_path, restore)
 
 
@@ -106,19 +116,24 @@ def write_tensors(plans: Sequence[RestorePlan]) -> None:
 
     Args:
         plans: one for each entry.
+
+    Raises:
+        OSError: a file cannot be read any more; the live state is neither the old one nor the saved one.
     """
     for plan in plans:
         for action in plan.tensors:
             action()
 
 
-def _plan_gradients(model: ModelState, path: Path, files: Mapping[str, object]) -> Callable[[], None]:
-    saved = read_tensors(path) if path.name in files else {}
+def _plan_gradients(
+    model: ModelState, path: Path, files: Mapping[str, object], opened: ExitStack
+) -> Callable[[], None]:
+    saved = opened.enter_context(open_tensors(path)) if path.name in files else {}
     return model.plan_gradients(saved, source=str(path))
 
 
 def _plan_optimizer(
-    entry: Entry, access: StateAccess, record: Mapping[str, Json], directory: Path
+    entry: Entry, access: StateAccess, record: Mapping[str, Json], directory: Path, opened: ExitStack
 ) -> list[Callable[[], None]]:
     record_path, path = directory / state_file(entry.name), directory / optimizer_file(entry.name)
     saved = record.get("optimizer")
@@ -135,7 +150,7 @@ def _plan_optimizer(
     saved_groups = cast("list[dict[str, Json]]", fields["groups"])
     _require_groups(saved_groups, live.groups, record_path)
     states = cast("dict[str, dict[str, Json]]", fields["state"])
-    tensors = read_tensors(path)
+    tensors = opened.enter_context(open_tensors(path))
     expected = {
         f"{key}.{name}": "tensor" for name, state in states.items() for key in cast("list[str]", state["tensors"])
     }
@@ -151,7 +166,7 @@ def _plan_optimizer(
 
 
 def _saved_state(
-    name: str, saved: Mapping[str, Json] | None, tensors: Mapping[str, torch.Tensor]
+    name: str, saved: Mapping[str, Json] | None, tensors: Mapping[str, StoredTensor]
 ) -> dict[str, object] | None:
     if saved is None:
         return None

@@ -6,6 +6,7 @@ process that has no such tensors.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeGuard, cast
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, TypeGuard, cast
 import torch
 from torch import nn
 
-from lightrft.backends.checkpointing.access import LiveTensor, Part
+from lightrft.backends.checkpointing.access import LiveTensor, Part, StoredTensor
+from lightrft.backends.checkpointing.stored import stored_range
 from lightrft.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -26,8 +28,8 @@ __all__ = [
     "is_sharded",
     "live_tensor",
     "local_part",
-    "part_for",
     "reshard",
+    "stored_part",
     "wrap_part",
 ]
 
@@ -66,11 +68,15 @@ def live_tensor(tensor: torch.Tensor, name: str, *, is_buffer: bool = False) -> 
     Raises:
         UnsupportedError: its parts are no runs of its elements in row-major order.
     """
-    start = _start_of_part(tensor, name) if is_sharded(tensor) else 0
+    start = _rows(tensor, name).start * _row_size(tensor) if is_sharded(tensor) else 0
 
     def part() -> Part:
         local = local_part(tensor).detach()
-        return Part(values=local.new_empty(0), start=0) if start is None else Part(values=local, start=start)
+        return (
+            Part(values=local.new_empty(0), start=0)
+            if is_sharded(tensor) and _is_copy(tensor)
+            else Part(values=local, start=start)
+        )
 
     return LiveTensor(
         shape=tensor.shape,
@@ -81,20 +87,16 @@ def live_tensor(tensor: torch.Tensor, name: str, *, is_buffer: bool = False) -> 
     )
 
 
-@torch.no_grad()
-def part_for(whole: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
-    """Return this rank's part of a whole tensor, without communication; for a plain tensor that is the whole.
+def stored_part(stored: StoredTensor, live: torch.Tensor) -> StoredTensor:
+    """Return this rank's part of a tensor of a file, as if it were stored alone; of a plain tensor that is the whole.
 
     Args:
-        whole: of the live tensor's shape.
-        live: says how parts lie.
+        stored: of the live tensor's shape.
+        live: says how parts lie, as `live_tensor` takes it.
     """
     if not is_sharded(live):
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    parts = distribute_tensor(whole, live.device_mesh, live.placements, src_data_rank=None)
-    return parts.to_local()  # memory of its own, not a view that would keep the whole tensor
+        return stored
+    return stored_range(stored, _rows(live, "a tensor").start * _row_size(live), local_part(live).shape)
 
 
 def wrap_part(part: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
@@ -142,23 +144,31 @@ def drop_deferred_gradients(model: nn.Module) -> None:
         setattr(holder, name, None)
 
 
-def _start_of_part(tensor: DTensor, name: str) -> int | None:
-    """Return the number of the first element that this rank has; None where another rank has the same ones for it."""
+def _rows(live: DTensor, name: str) -> range:
+    """Return the numbers of the rows that this rank has; a 0-d tensor has one."""
     from torch.distributed.tensor import Replicate, Shard
 
-    mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
-    first, rows, is_copy = 0, tensor.shape[0] if tensor.dim() else 1, coordinate is None
-    for dim, placement in enumerate(tensor.placements):
-        place = 0 if coordinate is None else coordinate[dim]
+    rows = range(live.shape[0] if live.dim() else 1)
+    # by type, because torch has a kind of Shard that deals rows out in another order
+    for dim, placement in enumerate(live.placements):
         if type(placement) is Shard and placement.dim == 0:
-            size = -(-rows // mesh.size(dim))  # as torch cuts: ranks at the end may have fewer rows, or none
-            begin = min(size * place, rows)
-            first, rows = first + begin, min(size, rows - begin)
-        elif type(placement) is Replicate:
-            is_copy = is_copy or place > 0
-        else:
-            raise UnsupportedError(f"{name} is placed as {placement} and cannot be saved so; shard it along dim 0.")
-    return None if is_copy else first * (tensor.numel() // tensor.shape[0] if tensor.dim() and tensor.shape[0] else 0)
+            size = -(-len(rows) // live.device_mesh.size(dim))  # as torch cuts: ranks at the end have fewer, or none
+            rows = rows[size * live.device_mesh.get_local_rank(dim) :][:size]
+        elif type(placement) is not Replicate:
+            raise UnsupportedError(f"{name} is placed as {placement} and cannot be kept so; shard it along dim 0.")
+    return rows
+
+
+def _row_size(live: torch.Tensor) -> int:
+    return math.prod(live.shape[1:])
+
+
+def _is_copy(live: DTensor) -> bool:
+    """Return whether another rank has the same elements and speaks for this one."""
+    return any(
+        placement.is_replicate() and live.device_mesh.get_local_rank(dim)
+        for dim, placement in enumerate(live.placements)
+    )
 
 
 def _fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, of any dtype, stride, shape and sharing.
+"""Tensors written to safetensors files, of any dtype, stride, shape and sharing; `stored` reads them.
 
 The writer takes the bytes in pieces, so that it needs memory for one of them alone, and the digest is taken while the
 bytes pass. Dtypes that the format does not know are stored as bytes, their names in the
@@ -9,29 +9,27 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Protocol, cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from lightrft.backends.checkpointing.access import WholeTensor
-from lightrft.backends.checkpointing.lossless import as_dict, dumps, loads
+from lightrft.backends.checkpointing.lossless import dumps
 from lightrft.errors import CheckpointError, UnsupportedError
 from lightrft.strategy.protocols.checkpointing import Json
 
 __all__ = [
+    "DTYPES",
+    "RAW",
     "Described",
     "bytes_of",
-    "open_tensors",
-    "read_tensors",
     "require_plain",
     "safetensors_chunks",
-    "stored_tensors",
     "writing_order",
 ]
+
+RAW = "lightrft.raw"
+"""Key of the header's metadata under which stand the dtypes and shapes of what is stored as bytes."""
 
 
 class Described(Protocol):
@@ -43,22 +41,8 @@ class Described(Protocol):
     def dtype(self) -> torch.dtype: ...  # noqa: D102
 
 
-class _Header(Protocol):
-    def get_shape(self) -> list[int]: ...
-    def get_dtype(self) -> str: ...
-
-
-class _OpenFile(Protocol):
-    def metadata(self) -> dict[str, str] | None: ...
-    def keys(self) -> list[str]: ...
-    def get_slice(self, name: str, /) -> _Header: ...
-    def get_tensor(self, name: str, /) -> torch.Tensor: ...
-
-
-_RAW = "lightrft.raw"
-
 # what every safetensors from 0.5 on reads
-_DTYPES: Mapping[torch.dtype, str] = {
+DTYPES: Mapping[torch.dtype, str] = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
     torch.int8: "I8",
@@ -75,7 +59,7 @@ _DTYPES: Mapping[torch.dtype, str] = {
     torch.float32: "F32",
     torch.float64: "F64",
 }
-_DTYPE_NAMES = {name: dtype for dtype, name in _DTYPES.items()}
+"""The format's name of each dtype that it knows."""
 
 
 def require_plain(tensor: torch.Tensor, name: str) -> None:
@@ -120,7 +104,7 @@ def writing_order(tensors: Mapping[str, Described]) -> list[str]:
 
     def place(name: str) -> tuple[int, str]:
         dtype = tensors[name].dtype
-        return (-dtype.itemsize if dtype in _DTYPES else 0, name)
+        return (-dtype.itemsize if dtype in DTYPES else 0, name)
 
     return sorted(tensors, key=place)
 
@@ -158,74 +142,19 @@ def safetensors_chunks(
                 yield _memory(piece)
 
 
-@contextmanager
-def open_tensors(path: Path) -> Generator[Mapping[str, WholeTensor], None, None]:
-    """Yield what a safetensors file holds; each tensor is read when it is asked for, on the CPU.
-
-    Args:
-        path: the file.
-
-    Raises:
-        CheckpointError: it is missing or not a whole safetensors file.
-    """
-    try:
-        opened = safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file ({error}); load another checkpoint.") from error
-    with opened as described:
-        file = cast("_OpenFile", described)
-        metadata = file.metadata() or {}
-        raw = as_dict(loads(metadata.get(_RAW, "{}").encode(), source=str(path)), source=str(path))
-        yield {name: _stored(file, name, raw.get(name)) for name in file.keys()}  # noqa: SIM118 (no iterator)
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Return all tensors of a safetensors file, on the CPU.
-
-    Args:
-        path: the file.
-
-    Raises:
-        CheckpointError: it is missing or not a whole safetensors file.
-    """
-    with open_tensors(path) as tensors:
-        return {name: tensor.read() for name, tensor in tensors.items()}
-
-
-def stored_tensors(path: Path) -> dict[str, WholeTensor]:
-    """Return the tensors of a safetensors file, in its order; each is read when it is asked for, and not kept.
-
-    Args:
-        path: the file; it is opened again for each tensor.
-
-    Raises:
-        CheckpointError: it is missing or not a whole safetensors file.
-    """
-    with open_tensors(path) as tensors:
-        return {name: _read_again(path, name, tensor) for name, tensor in tensors.items()}
-
-
-def _read_again(path: Path, name: str, tensor: WholeTensor) -> WholeTensor:
-    def read() -> torch.Tensor:
-        with open_tensors(path) as tensors:
-            return tensors[name].read()
-
-    return WholeTensor(shape=tensor.shape, dtype=tensor.dtype, read=read)
-
-
 def _header(tensors: Mapping[str, Described], metadata: Mapping[str, str]) -> dict[str, Json]:
     raw: dict[str, Json] = {
         name: {"dtype": _dtype_name(tensor.dtype), "shape": list(tensor.shape)}
         for name, tensor in tensors.items()
-        if tensor.dtype not in _DTYPES
+        if tensor.dtype not in DTYPES
     }
-    notes = {**metadata, **({_RAW: dumps(raw).decode().rstrip()} if raw else {})}
+    notes = {**metadata, **({RAW: dumps(raw).decode().rstrip()} if raw else {})}
     header: dict[str, Json] = {"__metadata__": dict(notes)} if notes else {}
     start = 0
     for name, tensor in tensors.items():
         end = start + math.prod(tensor.shape) * tensor.dtype.itemsize
         shape: list[Json] = [end - start] if name in raw else list(tensor.shape)
-        header[name] = {"dtype": _DTYPES.get(tensor.dtype, "U8"), "shape": shape, "data_offsets": [start, end]}
+        header[name] = {"dtype": DTYPES.get(tensor.dtype, "U8"), "shape": shape, "data_offsets": [start, end]}
         start = end
     return header
 
@@ -237,31 +166,3 @@ def _memory(piece: torch.Tensor) -> memoryview:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _stored(file: _OpenFile, name: str, raw: Json) -> WholeTensor:
-    """Return the description of a tensor of an open file, from the header alone."""
-    if raw is not None:
-        fields = as_dict(raw, source=_RAW)
-        dtype, shape = _raw_dtype(fields), cast("list[int]", fields.get("shape"))
-
-        def read_raw() -> torch.Tensor:
-            return file.get_tensor(name).clone().view(dtype).reshape(shape)
-
-        return WholeTensor(shape=shape, dtype=dtype, read=read_raw)
-
-    def read() -> torch.Tensor:
-        return file.get_tensor(name)
-
-    header = file.get_slice(name)
-    known = _DTYPE_NAMES.get(header.get_dtype())  # others write dtypes that are not written here
-    return WholeTensor(shape=header.get_shape(), dtype=known or read().dtype, read=read)
-
-
-def _raw_dtype(fields: Mapping[str, Json]) -> torch.dtype:
-    dtype = getattr(torch, str(fields.get("dtype")), None)
-    if not isinstance(dtype, torch.dtype):
-        raise CheckpointError(
-            f"dtype={fields.get('dtype')!r} is unknown to torch {torch.__version__}; install a newer torch."
-        )
-    return dtype

@@ -16,10 +16,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from lightrft.backends.checkpointing.access import WholeTensor
+from lightrft.backends.checkpointing.access import StoredTensor
 from lightrft.backends.checkpointing.lossless import as_dict, dumps, loads
 from lightrft.backends.checkpointing.named import difference
-from lightrft.backends.checkpointing.tensor_files import Described, open_tensors
+from lightrft.backends.checkpointing.stored import open_tensors
+from lightrft.backends.checkpointing.tensor_files import Described
 from lightrft.errors import CheckpointError
 from lightrft.strategy.protocols.checkpointing import Json
 
@@ -71,7 +72,7 @@ def index_of(files: Mapping[str, Mapping[str, Described]]) -> bytes | None:
 
 
 @contextmanager
-def open_weights(directory: Path) -> Generator[Mapping[str, WholeTensor], None, None]:
+def open_weights(directory: Path) -> Generator[Mapping[str, StoredTensor], None, None]:
     """Yield the tensors of a directory by name; each is read when it is asked for, and the files stay open till then.
 
     Args:
@@ -116,7 +117,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
 
 
 def _require_indexed(
-    directory: Path, weight_map: Mapping[str, str], opened: Mapping[str, Mapping[str, WholeTensor]]
+    directory: Path, weight_map: Mapping[str, str], opened: Mapping[str, Mapping[str, StoredTensor]]
 ) -> None:
     advice = "download the directory again"
     places: dict[str, str] = {}

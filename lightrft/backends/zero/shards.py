@@ -25,6 +25,7 @@ __all__ = [
     "part_of",
     "shard_of",
     "shard_without_padding",
+    "start_of_shard",
     "whole_shape",
 ]
 
@@ -94,6 +95,15 @@ def shard_of(parameter: torch.Tensor) -> torch.Tensor:
     return cast("torch.Tensor", vars(parameter)["ds_tensor"]).detach()
 
 
+def start_of_shard(parameter: torch.Tensor) -> int:
+    """Return the number of the first element of this rank's shard; it may lie behind the end of the parameter.
+
+    Args:
+        parameter: one that is spread over ranks.
+    """
+    return shard_of(parameter).numel() * dist.get_rank()
+
+
 def shard_without_padding(parameter: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Return the memory of this rank's shard that holds elements of the parameter, and the number of the first one.
 
@@ -101,7 +111,7 @@ def shard_without_padding(parameter: torch.Tensor) -> tuple[torch.Tensor, int]:
         parameter: one that is spread over ranks.
     """
     shard, size = shard_of(parameter), torch.Size(whole_shape(parameter)).numel()
-    start = min(shard.numel() * dist.get_rank(), size)
+    start = min(start_of_shard(parameter), size)
     return shard.narrow(0, 0, min(shard.numel(), size - start)), start
 
 
@@ -113,7 +123,7 @@ def cut(whole: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
         live: the parameter, spread over ranks.
     """
     size = shard_of(live).numel()
-    shard = whole.flatten()[size * dist.get_rank() :][:size]
+    shard = whole.flatten()[start_of_shard(live) :][:size]
     return nn.functional.pad(shard, (0, size - shard.numel()))
 
 

@@ -146,7 +146,7 @@ def _tensors(path: Path, manifest: Manifest) -> dict[str, tuple[_Tensors, _Tenso
 
 
 def _tensors_of(path: Path) -> _Tensors:
-    from lightrft.backends.checkpointing.tensor_files import stored_tensors
+    from lightrft.backends.checkpointing.stored import stored_tensors
 
     tensors = stored_tensors(path)
     elements: Counter[str] = Counter()

@@ -12,7 +12,7 @@ from torch import nn
 from lightrft.backends.checkpointing.canonical import CheckpointFunctions
 from lightrft.backends.checkpointing.export import StoredModel, difference_to, export_model, open_model
 from lightrft.backends.checkpointing.manifest import read_manifest
-from lightrft.backends.checkpointing.tensor_files import read_tensors, stored_tensors
+from lightrft.backends.checkpointing.stored import open_tensors, read_stored, stored_tensors
 from lightrft.backends.collectives.single import build_collectives
 from lightrft.errors import CheckpointError
 from lightrft.strategy.config import StrategyConfig
@@ -46,7 +46,8 @@ def test_an_exported_model_has_the_bytes_of_a_saved_one(
 def test_stored_tensors_are_those_that_are_read_at_once(tmp_path: Path, stored: StoredModel) -> None:
     """Names, shapes, dtypes and values are the same, also of what the format keeps as bytes."""
     path = tmp_path / "checkpoints" / "step-00000004" / "policy.model.safetensors"
-    whole = read_tensors(path)
+    with open_tensors(path) as tensors:
+        whole = {name: read_stored(tensor) for name, tensor in tensors.items()}
     lazy = stored_tensors(path)
     assert lazy.keys() == whole.keys() == stored.tensors.keys()
     for name, tensor in whole.items():

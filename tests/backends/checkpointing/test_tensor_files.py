@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 
 from lightrft.backends.checkpointing.durable import write_file
-from lightrft.backends.checkpointing.tensor_files import bytes_of, read_tensors, safetensors_chunks, writing_order
+from lightrft.backends.checkpointing.stored import open_tensors, read_stored
+from lightrft.backends.checkpointing.tensor_files import bytes_of, safetensors_chunks, writing_order
 from lightrft.errors import CheckpointError
 
 DTYPES = [
@@ -33,6 +34,11 @@ def make(dtype: torch.dtype, shape: list[int], seed: int) -> torch.Tensor:
 def chunks_of(tensors: dict[str, torch.Tensor], **metadata: str) -> Iterator[memoryview | bytes]:
     pieces = (bytes_of(tensors[name]) for name in writing_order(tensors))
     return safetensors_chunks(tensors, pieces, metadata=metadata)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    with open_tensors(path) as tensors:
+        return {name: read_stored(tensor) for name, tensor in tensors.items()}
 
 
 def content(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, bytes]:

@@ -1,0 +1,227 @@
+"""Tensors that lie in safetensors files, read by parts straight into the memory where they belong.
+
+A file is read and never mapped: what is read is counted once, as the live tensor that it becomes, and a disk that is
+gone is an error and no signal.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import math
+import mmap
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+from typing import Protocol, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.autograd.graph import increment_version
+
+from lightrft.backends.checkpointing.access import CopyInto, StoredTensor
+from lightrft.backends.checkpointing.lossless import as_dict, loads
+from lightrft.backends.checkpointing.tensor_files import DTYPES, RAW
+from lightrft.errors import CheckpointError
+from lightrft.strategy.protocols.checkpointing import Json
+
+__all__ = ["empty_like", "open_tensors", "read_stored", "saying_incomplete", "stored_range", "stored_tensors"]
+
+_BUCKET_SIZE = 32 << 20  # bytes on their way to a device or another dtype; large enough for its link to be kept busy
+_BLOCK_SIZE = 1 << 30  # below the 2 GiB that one read may take
+_HUGE_SIZE = 2 << 20  # bytes of a large page of memory on most machines
+_LENGTH_SIZE = 8  # bytes that say how long the header is
+_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+
+
+class _Slice(Protocol):
+    def get_shape(self) -> list[int]: ...
+    def get_dtype(self) -> str: ...
+
+
+class _OpenFile(Protocol):
+    def metadata(self) -> dict[str, str] | None: ...
+    def keys(self) -> list[str]: ...
+    def get_slice(self, name: str, /) -> _Slice: ...
+    def get_tensor(self, name: str, /) -> torch.Tensor: ...
+
+
+@contextmanager
+def open_tensors(path: Path) -> Generator[Mapping[str, StoredTensor], None, None]:
+    """Yield what a safetensors file holds; the file stays open, and each tensor is read when it is asked for.
+
+    Args:
+        path: the file.
+
+    Raises:
+        CheckpointError: it is missing or not a whole safetensors file.
+    """
+    try:
+        # safetensors checks the header against the size of the file; where the bytes stand it does not tell
+        checked = safe_open(path, framework="pt")
+        file = path.open("rb", buffering=0)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error}); load another checkpoint.") from error
+    with file:
+        with checked as described:
+            tensors = _described(path, file, cast("_OpenFile", described))
+        yield tensors
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a safetensors file, in its order; each is read when it is asked for, and not kept.
+
+    Args:
+        path: the file; it is opened again for each tensor.
+
+    Raises:
+        CheckpointError: it is missing or not a whole safetensors file.
+    """
+    with open_tensors(path) as tensors:
+        return {name: _opened_again(path, name, tensor) for name, tensor in tensors.items()}
+
+
+def empty_like(tensor: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+    """Return memory for a tensor that is about to be read, laid out as another one and on its device.
+
+    Args:
+        tensor: says shape, strides and device.
+        dtype: of the new elements.
+    """
+    made = torch.empty_like(tensor, dtype=dtype, requires_grad=False)
+    begin = -(-made.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (made.data_ptr() + made.nbytes - begin) // mmap.PAGESIZE * mmap.PAGESIZE
+    if made.device.type == "cpu" and size >= _HUGE_SIZE and hasattr(mmap, "MADV_HUGEPAGE"):
+        # asking the kernel for its pages 4 KiB at a time takes four times as long as reading what goes there; this is
+        # advice, and no result is an error
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+    return made
+
+
+def read_stored(stored: StoredTensor) -> torch.Tensor:
+    """Return a whole tensor in memory of its own, on the CPU.
+
+    Args:
+        stored: the tensor in its file.
+    """
+    whole = torch.empty(torch.Size(stored.shape), dtype=stored.dtype)
+    stored.copy_into(whole)
+    return whole
+
+
+@contextmanager
+def saying_incomplete(path: Path) -> Generator[None, None, None]:
+    """Turn any error of the body, which writes to the live state, into one line that says what state that is now.
+
+    Args:
+        path: what is loaded.
+
+    Raises:
+        CheckpointError: in place of any other error.
+    """
+    try:
+        yield
+    except Exception as error:
+        place = f" of {error.filename}" if isinstance(error, OSError) and error.filename else ""
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
+        raise CheckpointError(
+            f"{path} was loaded in part, because reading{place} failed ({reason}), and the live state is incomplete; "
+            "load again, or restart the run."
+        ) from error
+
+
+def stored_range(stored: StoredTensor, start: int, shape: Sequence[int]) -> StoredTensor:
+    """Return a run of elements of a stored tensor, as if it were stored alone.
+
+    Args:
+        stored: the tensor in its file.
+        start: number of the first element.
+        shape: of the part.
+    """
+
+    def copy_into(target: torch.Tensor, *, start: int = 0) -> None:
+        stored.copy_into(target, start=first + start)
+
+    first = start
+    return StoredTensor(shape=shape, dtype=stored.dtype, copy_into=copy_into)
+
+
+def _opened_again(path: Path, name: str, tensor: StoredTensor) -> StoredTensor:
+    def copy_into(target: torch.Tensor, *, start: int = 0) -> None:
+        with open_tensors(path) as tensors:
+            tensors[name].copy_into(target, start=start)
+
+    return StoredTensor(shape=tensor.shape, dtype=tensor.dtype, copy_into=copy_into)
+
+
+def _described(path: Path, file: FileIO, known: _OpenFile) -> dict[str, StoredTensor]:
+    length = int.from_bytes(file.read(_LENGTH_SIZE), "little")
+    header = as_dict(loads(file.read(length), source=str(path)), source=str(path))
+    raw = as_dict(loads((known.metadata() or {}).get(RAW, "{}").encode(), source=str(path)), source=str(path))
+    found: dict[str, StoredTensor] = {}
+    for name in known.keys():  # noqa: SIM118 (no iterator)
+        shape, dtype = _form(known, name) if raw.get(name) is None else _raw_form(raw[name], path)
+        begin, end = cast("list[int]", as_dict(header.get(name), source=str(path))["data_offsets"])
+        if math.prod(shape) * dtype.itemsize != end - begin:
+            raise CheckpointError(f"{path}: {name} has not the bytes of its shape; load another checkpoint.")
+        copy_into = _copy_into(file, path, dtype, _LENGTH_SIZE + length + begin)
+        found[name] = StoredTensor(shape=shape, dtype=dtype, copy_into=copy_into)
+    return found
+
+
+def _form(known: _OpenFile, name: str) -> tuple[Sequence[int], torch.dtype]:
+    described = known.get_slice(name)
+    # others write dtypes that are not written here
+    return described.get_shape(), _DTYPES.get(described.get_dtype()) or known.get_tensor(name).dtype
+
+
+def _raw_form(raw: Json, path: Path) -> tuple[Sequence[int], torch.dtype]:
+    fields = as_dict(raw, source=str(path))
+    dtype = getattr(torch, str(fields.get("dtype")), None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(
+            f"dtype={fields.get('dtype')!r} is unknown to torch {torch.__version__}; install a newer torch."
+        )
+    return cast("list[int]", fields.get("shape")), dtype
+
+
+def _copy_into(file: FileIO, path: Path, dtype: torch.dtype, offset: int) -> CopyInto:
+    """Return what copies from a place in an open file."""
+
+    def copy_into(target: torch.Tensor, *, start: int = 0) -> None:
+        first, live = offset + start * dtype.itemsize, target.detach()
+        if not live.is_contiguous() or live.is_conj() or live.is_neg():
+            dense = torch.empty(live.shape, dtype=dtype)
+            _read(file, path, dense, first)
+            live.copy_(dense)
+        elif live.device.type == "cpu" and live.dtype == dtype:
+            _read(file, path, live, first)
+            increment_version(live)  # so that a backward pass that needs the old values is refused, as after any write
+        else:
+            flat = live.view(-1)
+            bucket = torch.empty(min(flat.numel(), _BUCKET_SIZE // dtype.itemsize), dtype=dtype)
+            for place in range(0, flat.numel(), max(bucket.numel(), 1)):
+                part = flat[place:][: bucket.numel()]
+                _read(file, path, bucket[: part.numel()], first + place * dtype.itemsize)
+                part.copy_(bucket[: part.numel()])
+
+    return copy_into
+
+
+def _read(file: FileIO, path: Path, dense: torch.Tensor, offset: int) -> None:
+    size = dense.numel() * dense.element_size()
+    if not size:
+        return
+    # straight into memory: `Tensor.numpy` would need numpy, which is no dependency
+    memory = memoryview((ctypes.c_ubyte * size).from_address(dense.data_ptr())).cast("B")
+    file.seek(offset)
+    done = 0
+    while done < size:
+        try:
+            num_bytes = file.readinto(memory[done : done + _BLOCK_SIZE])
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        if not num_bytes:
+            raise OSError(errno.EIO, "it ends early", str(path))
+        done += num_bytes
