@@ -18,7 +18,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightrft.backends.checkpointing.canonical import CheckpointFunctions, build_checkpointing
 from lightrft.backends.checkpointing.live import build_live_access
-from lightrft.backends.checkpointing.sharded import part_for
 from lightrft.errors import CheckpointError
 from lightrft.strategy.protocols.training import Trainable
 from lightrft.testing.subject import Rank
@@ -232,12 +231,6 @@ def save_on_a_full_disk(rank: Rank, job: Job) -> Seen:
             errors.append(str(error))
     functions.save_ckpt({"actor": trainable}, job.directory)
     return Seen(tensors=look(trainable), error="\n".join(errors))
-
-
-def sizes_of_parts(rank: Rank, job: Job) -> list[int]:
-    """Bytes that this rank keeps of each whole tensor that it was handed."""
-    trainable = trainable_of(rank, job)
-    return [part_for(torch.zeros(live.shape), live).untyped_storage().nbytes() for live in trainable.model.parameters()]
 
 
 def export_llama(rank: Rank, job: Job) -> Seen:

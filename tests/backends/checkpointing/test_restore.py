@@ -15,13 +15,13 @@ from lightrft.backends.checkpointing.durable import write_file
 from lightrft.backends.checkpointing.live import _places, build_live_access
 from lightrft.backends.checkpointing.restore import _set_options
 from lightrft.backends.checkpointing.stored import open_tensors
-from lightrft.backends.checkpointing.tensor_files import safetensors_chunks, whole_tensor
+from lightrft.backends.checkpointing.tensor_files import bytes_of, safetensors_chunks, writing_order
 
 
 @contextmanager
 def stored(directory: Path, **tensors: torch.Tensor) -> Iterator[Mapping[str, StoredTensor]]:
-    described = {name: whole_tensor(tensor) for name, tensor in tensors.items()}
-    write_file(directory / "file", safetensors_chunks(described))
+    pieces = [bytes_of(tensors[name]) for name in writing_order(tensors)]
+    write_file(directory / "file", safetensors_chunks(tensors, pieces))
     with open_tensors(directory / "file") as opened:
         yield opened
 

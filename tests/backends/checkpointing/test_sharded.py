@@ -130,15 +130,6 @@ def test_a_full_disk_of_rank_0_is_an_error_of_all(
     assert (tmp_path / "step-00000001" / "manifest.json").is_file()
 
 
-def test_a_rank_keeps_its_part_alone(programs: ModuleType, ranks: Callable[[int], RunOnRanks]) -> None:
-    """Of a whole tensor that is read, no more stays in memory than the rank's own part."""
-    job = programs.Job(directory="", is_sharded=True)
-    for world_size in (2, 3):
-        kept = ranks(world_size)(programs.sizes_of_parts, job)
-        whole = ranks(1)(programs.sizes_of_parts, job)[0]
-        assert [sum(sizes) for sizes in zip(*kept, strict=True)] == whole
-
-
 def test_a_sharded_model_is_exported_as_itself(
     tmp_path: Path, programs: ModuleType, ranks: Callable[[int], RunOnRanks]
 ) -> None:
