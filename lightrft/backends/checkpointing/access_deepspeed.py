@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -33,7 +32,6 @@ from lightrft.backends.zero.shards import (
     part_of,
     shard_of,
     shard_without_padding,
-    start_of_shard,
     whole_shape,
 )
 from lightrft.errors import CheckpointError
@@ -130,7 +128,7 @@ def _plan_tensor(live: torch.Tensor, fragment: Fragment | None, saved: StoredTen
 
     def write() -> None:
         if is_partitioned(live):
-            _read_shard(shard_of(live), start_of_shard(live), saved)
+            _read_shard(live, saved)
         if not is_partitioned(live) or is_whole_too(live):
             saved.copy_into(live.detach())
         if fragment is not None:
@@ -140,10 +138,10 @@ def _plan_tensor(live: torch.Tensor, fragment: Fragment | None, saved: StoredTen
     return write
 
 
-def _read_shard(shard: torch.Tensor, start: int, saved: StoredTensor) -> None:
-    size = min(shard.numel(), max(math.prod(saved.shape) - start, 0))
-    saved.copy_into(shard.narrow(0, 0, size), start=start)
-    shard.narrow(0, size, shard.numel() - size).zero_()  # behind the end of the parameter
+def _read_shard(live: torch.Tensor, saved: StoredTensor) -> None:
+    shard, (values, start) = shard_of(live), shard_without_padding(live)
+    saved.copy_into(values, start=start)
+    shard.narrow(0, values.numel(), shard.numel() - values.numel()).zero_()  # behind the end of the parameter
 
 
 def _gradients(model: EngineModel) -> dict[str, torch.Tensor]:

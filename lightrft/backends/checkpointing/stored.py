@@ -165,7 +165,8 @@ def _described(path: Path, file: FileIO, known: _OpenFile) -> dict[str, StoredTe
         begin, end = cast("list[int]", as_dict(header.get(name), source=str(path))["data_offsets"])
         if math.prod(shape) * dtype.itemsize != end - begin:
             raise CheckpointError(f"{path}: {name} has not the bytes of its shape; load another checkpoint.")
-        copy_into = _copy_into(file, path, dtype, _LENGTH_SIZE + length + begin)
+        begin, end = begin + _LENGTH_SIZE + length, end + _LENGTH_SIZE + length
+        copy_into = _copy_into(file, path, dtype, begin, end)
         found[name] = StoredTensor(shape=shape, dtype=dtype, copy_into=copy_into)
     return found
 
@@ -178,7 +179,8 @@ def _form(known: _OpenFile, name: str) -> tuple[Sequence[int], torch.dtype]:
 
 def _raw_form(raw: Json, path: Path) -> tuple[Sequence[int], torch.dtype]:
     fields = as_dict(raw, source=str(path))
-    dtype = getattr(torch, str(fields.get("dtype")), None)
+    # not `getattr`: torch imports some of its modules when they are asked for by name
+    dtype = vars(torch).get(str(fields.get("dtype")))
     if not isinstance(dtype, torch.dtype):
         raise CheckpointError(
             f"dtype={fields.get('dtype')!r} is unknown to torch {torch.__version__}; install a newer torch."
@@ -186,11 +188,13 @@ def _raw_form(raw: Json, path: Path) -> tuple[Sequence[int], torch.dtype]:
     return cast("list[int]", fields.get("shape")), dtype
 
 
-def _copy_into(file: FileIO, path: Path, dtype: torch.dtype, offset: int) -> CopyInto:
-    """Return what copies from a place in an open file."""
+def _copy_into(file: FileIO, path: Path, dtype: torch.dtype, begin: int, end: int) -> CopyInto:
+    """Return what copies from the bytes of an open file between two places."""
 
     def copy_into(target: torch.Tensor, *, start: int = 0) -> None:
-        first, live = offset + start * dtype.itemsize, target.detach()
+        first, live = begin + start * dtype.itemsize, target.detach()
+        if start < 0 or first + live.numel() * dtype.itemsize > end:
+            raise ValueError(f"{path}: {live.numel()} elements from {start} on are more than there are.")
         if not live.is_contiguous() or live.is_conj() or live.is_neg():
             dense = torch.empty(live.shape, dtype=dtype)
             _read(file, path, dense, first)

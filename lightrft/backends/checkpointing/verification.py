@@ -19,7 +19,7 @@ from lightrft.backends.checkpointing.manifest import require_size, verify_file
 __all__ = ["identity_of", "share_of", "verifying"]
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_MAX_THREADS = 8  # a disk has no more to give, and a core digests a file at 1 to 2 GB/s
+_MAX_THREADS = 4  # a core digests 1 to 2 GB/s, and few disks have more to give than so many
 
 
 def identity_of(directory: Path, files: Mapping[str, FileRecord], *, rank: int) -> str:

@@ -16,7 +16,6 @@ from lightrft.backends.zero.package import Engine
 __all__ = [
     "Fragment",
     "cut",
-    "cut_fragment",
     "forget_second_copy",
     "fragments",
     "gathered",
@@ -25,7 +24,6 @@ __all__ = [
     "part_of",
     "shard_of",
     "shard_without_padding",
-    "start_of_shard",
     "whole_shape",
 ]
 
@@ -95,15 +93,6 @@ def shard_of(parameter: torch.Tensor) -> torch.Tensor:
     return cast("torch.Tensor", vars(parameter)["ds_tensor"]).detach()
 
 
-def start_of_shard(parameter: torch.Tensor) -> int:
-    """Return the number of the first element of this rank's shard; it may lie behind the end of the parameter.
-
-    Args:
-        parameter: one that is spread over ranks.
-    """
-    return shard_of(parameter).numel() * dist.get_rank()
-
-
 def shard_without_padding(parameter: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Return the memory of this rank's shard that holds elements of the parameter, and the number of the first one.
 
@@ -111,7 +100,7 @@ def shard_without_padding(parameter: torch.Tensor) -> tuple[torch.Tensor, int]:
         parameter: one that is spread over ranks.
     """
     shard, size = shard_of(parameter), torch.Size(whole_shape(parameter)).numel()
-    start = min(start_of_shard(parameter), size)
+    start = min(shard.numel() * dist.get_rank(), size)
     return shard.narrow(0, 0, min(shard.numel(), size - start)), start
 
 
@@ -123,7 +112,7 @@ def cut(whole: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
         live: the parameter, spread over ranks.
     """
     size = shard_of(live).numel()
-    shard = whole.flatten()[start_of_shard(live) :][:size]
+    shard = whole.flatten()[size * dist.get_rank() :][:size]
     return nn.functional.pad(shard, (0, size - shard.numel()))
 
 
@@ -135,16 +124,6 @@ def part_of(flat: torch.Tensor, fragment: Fragment) -> torch.Tensor:
         fragment: where the part stands.
     """
     return flat.detach().narrow(0, fragment.place, fragment.size)
-
-
-def cut_fragment(whole: torch.Tensor, fragment: Fragment) -> torch.Tensor:
-    """Return this rank's part of a whole tensor.
-
-    Args:
-        whole: of the shape of the whole parameter.
-        fragment: where the part stands.
-    """
-    return whole.flatten()[fragment.start :][: fragment.size]
 
 
 @torch.no_grad()

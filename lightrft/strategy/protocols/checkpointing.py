@@ -200,6 +200,9 @@ class LoadCkpt(Protocol):
         damaged or does not fit is named and refused, and the live state stays as it was; no code of a checkpoint is
         run.
 
+        All ranks call it. Nothing is written on any before all of them have verified and checked everything; then each
+        tensor is read to where it belongs, and no rank holds more than its part and one tensor.
+
         Args:
             model: what to restore, of the structure that was saved.
             load_dir: directory of all checkpoints of the run.
@@ -209,7 +212,8 @@ class LoadCkpt(Protocol):
 
         Raises:
             CheckpointError: there is none, it is damaged, its names, shapes or dtypes are not the model's, or it was
-                saved inside an accumulation window by another number of ranks or another way of sharding.
+                saved inside an accumulation window by another number of ranks or another way of sharding. Or a disk
+                failed after everything had been verified; the message says then that the state is incomplete.
         """
         ...
 
@@ -273,7 +277,8 @@ class LoadModel(Protocol):
             load_dir: the directory.
 
         Raises:
-            CheckpointError: files are missing or damaged, or names, shapes or dtypes are not the model's.
+            CheckpointError: files are missing or damaged, or names, shapes or dtypes are not the model's. Or a disk
+                failed after everything had been read once; the message says then that the model is incomplete.
         """
         ...
 

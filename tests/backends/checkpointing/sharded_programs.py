@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import signal
 from collections.abc import Iterator
@@ -13,11 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightrft.backends.checkpointing.canonical import CheckpointFunctions, build_checkpointing
+from lightrft.backends.checkpointing.durable import write_file
 from lightrft.backends.checkpointing.live import build_live_access
+from lightrft.backends.checkpointing.sharded import stored_part
+from lightrft.backends.checkpointing.stored import open_tensors, read_stored
+from lightrft.backends.checkpointing.tensor_files import bytes_of, safetensors_chunks
 from lightrft.errors import CheckpointError
 from lightrft.strategy.protocols.training import Trainable
 from lightrft.testing.subject import Rank
@@ -61,7 +66,7 @@ class Tiny(nn.Module):
         hidden_TH = self.embed(tokens_T)
         for block in self.blocks:
             hidden_TH = torch.tanh(block(hidden_TH))
-        return self.head(hidden_TH).square().mean() + self.narrow(hidden_TH).sum() + (hidden_TH @ self.frozen).mean()
+        return self.head(hidden_TH).wide().mean() + self.narrow(hidden_TH).sum() + (hidden_TH @ self.frozen).mean()
 
 
 def functions_of(rank: Rank) -> CheckpointFunctions:
@@ -231,6 +236,39 @@ def save_on_a_full_disk(rank: Rank, job: Job) -> Seen:
             errors.append(str(error))
     functions.save_ckpt({"actor": trainable}, job.directory)
     return Seen(tensors=look(trainable), error="\n".join(errors))
+
+
+def parts_of_a_file(rank: Rank, job: Job) -> list[str]:
+    """What of this rank's parts, in layouts of all kinds, is not read from a file as torch cuts it from the whole."""
+    functions_of(rank)
+    wrong: list[str] = []
+    flat = init_device_mesh("cpu", (rank.world_size,))
+    tall = init_device_mesh("cpu", (rank.world_size, 1), mesh_dim_names=("outer", "inner"))
+    wide = init_device_mesh("cpu", (1, rank.world_size), mesh_dim_names=("outer", "inner"))
+    layouts = [
+        (flat, [Shard(0)]),
+        (flat, [Replicate()]),
+        (wide, [Replicate(), Shard(0)]),
+        (wide, [Shard(0), Replicate()]),
+        (wide, [Shard(0), Shard(0)]),
+        (tall, [Shard(0), Shard(0)]),
+        (tall, [Shard(0), Replicate()]),
+    ]
+    for number, shape in enumerate([(7, 4), (1, 2), (6, 3), (0, 5)]):
+        path = Path(job.directory) / f"{number}-{rank.rank}"
+        whole = torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape)
+        write_file(path, safetensors_chunks({"whole": whole}, [bytes_of(whole)]))
+        with open_tensors(path) as tensors:
+            for mesh, placements in layouts:
+                live = distribute_tensor(torch.zeros(shape), mesh, placements)
+                must = distribute_tensor(whole, mesh, placements).to_local()
+                part = stored_part(tensors["whole"], live)
+                rest = must.flatten()[must.numel() // 2 :]
+                half = torch.zeros(rest.shape)
+                part.copy_into(half, start=must.numel() // 2)
+                if not (torch.equal(read_stored(part), must) and torch.equal(half, rest)):
+                    wrong.append(f"{shape} as {placements}")
+    return wrong
 
 
 def export_llama(rank: Rank, job: Job) -> Seen:

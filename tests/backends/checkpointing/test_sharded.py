@@ -130,6 +130,19 @@ def test_a_full_disk_of_rank_0_is_an_error_of_all(
     assert (tmp_path / "step-00000001" / "manifest.json").is_file()
 
 
+def test_a_part_is_read_as_torch_cuts_it(
+    tmp_path: Path, programs: ModuleType, ranks: Callable[[int], RunOnRanks]
+) -> None:
+    """Of a tensor in a file every rank reads its own part, in any layout, also where some have fewer rows or none."""
+    for world_size in (2, 3):
+        directory = tmp_path / str(world_size)
+        directory.mkdir()
+        assert (
+            ranks(world_size)(programs.parts_of_a_file, programs.Job(directory=str(directory), is_sharded=True))
+            == [[]] * world_size
+        )
+
+
 def test_a_sharded_model_is_exported_as_itself(
     tmp_path: Path, programs: ModuleType, ranks: Callable[[int], RunOnRanks]
 ) -> None:

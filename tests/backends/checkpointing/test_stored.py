@@ -57,6 +57,9 @@ def test_a_range_is_read_as_if_it_were_stored_alone(tmp_path: Path) -> None:
         part = stored_range(stored_range(tensors["values"], 4, [4, 4]), 6, [2, 3])
         assert read_stored(part).tolist() == [[10, 11, 12], [13, 14, 15]]
         assert read_stored(stored_range(tensors["values"], 20, [0, 3])).shape == (0, 3)
+        for start in (-1, 18):  # there is another tensor, or the header
+            with pytest.raises(ValueError, match=r"3 elements from .* are more than there are"):
+                tensors["values"].copy_into(torch.zeros(3, dtype=torch.int64), start=start)
     assert read_stored(stored_tensors(tmp_path / "f")["values"]).tolist() == list(range(20))
 
 
