@@ -60,6 +60,7 @@ def interleave(
     *,
     warmup: int = 1,
     clock: Callable[[], float] = time.process_time,
+    before_each: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
     """Return the seconds of every round of every variant, measured in a new random order in each round.
 
@@ -68,17 +69,25 @@ def interleave(
         rounds: how often each variant is measured.
         seed: of the order of variants.
         warmup: how often each variant runs unmeasured before the first round.
-        clock: CPU seconds of this process; `time.perf_counter` for variants that wait for other processes.
+        clock: CPU seconds of this process; `time.perf_counter` for variants that wait for other processes or a disk.
+        before_each: called before each run, unmeasured, such as to remove what the last one wrote.
     """
+
+    def prepare() -> None:
+        if before_each is not None:
+            before_each()
+
     order = list(variants)
     generator = random.Random(seed)  # noqa: S311  # an order of runs needs no cryptography
     seconds: dict[str, list[float]] = {name: [] for name in order}
     for run in variants.values():
         for _ in range(warmup):
+            prepare()
             run()
     for _ in range(rounds):
         generator.shuffle(order)
         for name in order:
+            prepare()
             seconds[name].append(_seconds_of(variants[name], clock))
     return seconds
 

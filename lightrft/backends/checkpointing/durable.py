@@ -17,7 +17,7 @@ import re
 import shutil
 import stat
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -37,11 +37,13 @@ __all__ = [
     "sync_directory",
     "sync_tree",
     "write_file",
+    "write_undigested",
 ]
 
 _MARKER = "lightrft.json"
 _CONTENT = "content"
-_BLOCK_SIZE = 4 << 20  # bytes that are digested while they are written; below the 2 GiB that one write may take
+_BLOCK_SIZE = 4 << 20  # bytes of one write; below the 2 GiB that one may take
+_BACKLOG_SIZE = 16 << 20  # bytes that may wait until the disk is told to begin; large enough for it to be kept busy
 _INLINE_SIZE = 1 << 16  # bytes below which handing the digest to another thread costs more than it saves
 
 
@@ -90,19 +92,31 @@ def write_file(path: Path, chunks: Iterable[memoryview | bytes]) -> FileRecord:
     """
     digest = hashlib.sha256()
     size = 0
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        for block in _blocks(chunks):
-            if len(block) < _INLINE_SIZE:
-                digest.update(block)
-                _write_all(descriptor, block)
+    with _new_file(path) as write:
+        for chunk in chunks:
+            view = memoryview(chunk)
+            if len(view) < _INLINE_SIZE:
+                digest.update(view)
+                write(view)
             else:
-                _write_and_digest(descriptor, block, digest.update)
-            size += len(block)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+                _write_and_digest(view, write, digest.update)
+            size += len(view)
     return FileRecord(size=size, sha256=digest.hexdigest())
+
+
+def write_undigested(path: Path, chunks: Iterable[memoryview | bytes]) -> None:
+    """Write a file that does not exist yet, and sync it.
+
+    Args:
+        path: where.
+        chunks: the content, in order.
+
+    Raises:
+        OSError: it exists, or cannot be written.
+    """
+    with _new_file(path) as write:
+        for chunk in chunks:
+            write(memoryview(chunk))
 
 
 def sync_directory(path: Path) -> None:
@@ -287,19 +301,37 @@ def _remove_staging(root: Path) -> None:
     root.rmdir()
 
 
-def _blocks(chunks: Iterable[memoryview | bytes]) -> Iterator[memoryview]:
-    for chunk in chunks:
-        view = memoryview(chunk)
-        for start in range(0, len(view), _BLOCK_SIZE):
-            yield view[start : start + _BLOCK_SIZE]
+@contextmanager
+def _new_file(path: Path) -> Generator[Callable[[memoryview], None], None, None]:
+    """Make a file and yield what writes the next bytes to it; all of them are synced at the end."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    size = begun = 0
+
+    def write(content: memoryview) -> None:
+        nonlocal size, begun
+        for start in range(0, len(content), _BLOCK_SIZE):
+            block = content[start : start + _BLOCK_SIZE]
+            _write_all(descriptor, block)
+            size += len(block)
+            if size - begun >= _BACKLOG_SIZE:
+                _begin_to_store(descriptor, begun, size - begun)
+                begun = size
+
+    try:
+        yield write
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def _write_and_digest(descriptor: int, block: memoryview, update: Callable[[memoryview], None]) -> None:
+def _write_and_digest(
+    content: memoryview, write: Callable[[memoryview], None], update: Callable[[memoryview], None]
+) -> None:
     # a plain thread, because a pool takes nothing any more once the main thread has ended, and a save may go on
-    hashing = threading.Thread(target=update, args=(block,))
+    hashing = threading.Thread(target=update, args=(content,))
     hashing.start()
     try:
-        _write_all(descriptor, block)
+        write(content)
     finally:
         hashing.join()
 
@@ -308,3 +340,10 @@ def _write_all(descriptor: int, block: memoryview) -> None:
     written = 0
     while written < len(block):
         written += os.write(descriptor, block[written:])
+
+
+def _begin_to_store(descriptor: int, start: int, length: int) -> None:
+    """Let the disk begin with what was written, so that less is left to the sync; nothing is waited for."""
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        with suppress(OSError):  # advice; the sync comes in any case, and says what fails
+            os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)

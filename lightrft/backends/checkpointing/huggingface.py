@@ -30,7 +30,7 @@ from lightrft.backends.checkpointing.durable import (
     remove_leftovers,
     staging,
     sync_tree,
-    write_file,
+    write_undigested,
 )
 from lightrft.backends.checkpointing.gathering import agreed_tables, taking_turns
 from lightrft.backends.checkpointing.named import describe, difference
@@ -175,7 +175,7 @@ def _export(
         write_rest(content)
         for file, tensors in tables.items():
             # transformers asks which framework wrote a file
-            write_file(content / file, safetensors_chunks(tensors, pieces, metadata={"format": "pt"}))
+            write_undigested(content / file, safetensors_chunks(tensors, pieces, metadata={"format": "pt"}))
         sync_tree(content)
         commit(content, target)
 
@@ -201,7 +201,7 @@ def _model_writer(model: nn.Module) -> _WriteConfigs:
             generation.save_pretrained(str(content))
         index = index_of(tables)
         if index is not None:
-            write_file(content / INDEX, [index])
+            write_undigested(content / INDEX, [index])
 
     return write
 
