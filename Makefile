@@ -86,6 +86,7 @@ bench: $(READY) $(TRL_READY)
 	$(BIN)/python benchmarks/overhead.py --write
 	$(BIN)/python benchmarks/parity.py --steps 20 --world-sizes 1 2 3 4 --write
 	$(BIN)/python benchmarks/sharded_step.py --write
+	$(BIN)/python benchmarks/checkpoint.py --write
 	$(TRL_VENV)/bin/python benchmarks/logprob.py --write
 	$(TRL_VENV)/bin/python benchmarks/versus_trl.py --write
 

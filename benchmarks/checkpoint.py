@@ -10,6 +10,8 @@ them, what the last one wrote is removed and the disk is synced.
 - load_ckpt: beside `torch.load(weights_only=True)` of that one file into new memory, which neither verifies anything
   nor puts it into the live model and optimizer, as ours does. All files are in the page cache for both: a run that
   reads from the disk is void.
+- in the background: how long save_ckpt keeps the caller, and how long until the state is copied, which the next
+  step waits for, beside a copy of all tensors into new memory.
 - memory: two ranks under "fsdp2". The anonymous memory of the rank that grows most, at its peak while it saves or loads
   and above what it had before, where its shard lies already; in all then shard + growth. Buckets are {bucket}.
 
@@ -208,7 +210,7 @@ def times_of(
     return interleave(variants, rounds, clock=time.perf_counter, before_each=before_each)
 
 
-def save_row(state: State, params: int, folder: Path, rounds: int) -> Row:
+def save_rows(state: State, params: int, folder: Path, rounds: int) -> list[Row]:
     """Measure save_ckpt."""
 
     def reference() -> None:
@@ -221,10 +223,11 @@ def save_row(state: State, params: int, folder: Path, rounds: int) -> Row:
         empty(folder)
 
     seconds = times_of(reference, ours, rounds, before_each)
-    return Row(name="save_ckpt", params=params, num_bytes=bytes_of(tensors_of(state)), seconds=seconds, target=1.0)
+    size = bytes_of(tensors_of(state))
+    return [Row(name="save_ckpt", params=params, num_bytes=size, seconds=seconds, target=1.0)]
 
 
-def save_model_row(state: State, params: int, folder: Path, rounds: int) -> Row:
+def save_model_rows(state: State, params: int, folder: Path, rounds: int) -> list[Row]:
     """Measure save_model."""
 
     def ours() -> None:
@@ -244,10 +247,10 @@ def save_model_row(state: State, params: int, folder: Path, rounds: int) -> Row:
 
     seconds = times_of(reference, ours, rounds, before_each)
     size = sum(len(file) for file in content.values())
-    return Row(name="save_model", params=params, num_bytes=size, seconds=seconds, target=1.1)
+    return [Row(name="save_model", params=params, num_bytes=size, seconds=seconds, target=1.1)]
 
 
-def load_row(state: State, params: int, folder: Path, rounds: int) -> Row:
+def load_rows(state: State, params: int, folder: Path, rounds: int) -> list[Row]:
     """Measure load_ckpt of files that the page cache holds."""
     empty(folder)
     torch_save(state, folder / "state.pt")
@@ -272,7 +275,41 @@ def load_row(state: State, params: int, folder: Path, rounds: int) -> Row:
     if cold > rounds * size // 100:
         print(f"VOID: {cold / 1e6:.0f} MB were read from the disk, not from the page cache.", file=sys.stderr)
         raise SystemExit(VOID_EXIT_CODE)
-    return Row(name="load_ckpt", params=params, num_bytes=size, seconds=seconds, target=1.0)
+    return [Row(name="load_ckpt", params=params, num_bytes=size, seconds=seconds, target=1.0)]
+
+
+def background_rows(state: State, params: int, folder: Path, rounds: int) -> list[Row]:
+    """Measure how long a save in the background keeps the caller, and the step after it."""
+    from lightrft.backends.copying import await_copy
+    from lightrft.strategy import background_saves
+
+    tensors = [tensor.detach() for tensor in tensors_of(state)]
+    held: list[torch.Tensor] = []
+    called: list[float] = []
+
+    def reference() -> None:
+        held.extend(tensor.clone() for tensor in tensors)
+
+    with background_saves(state.strategy) as background:
+
+        def ours() -> None:
+            start = time.perf_counter()
+            state.strategy.save_ckpt(state.model, folder, optimizer=state.optimizer, background=background)
+            called.append(time.perf_counter() - start)
+            await_copy(state.optimizer)
+
+        def before_each() -> None:
+            background.wait()
+            held.clear()
+            empty(folder)
+
+        seconds = times_of(reference, ours, rounds, before_each)
+    size = bytes_of(tensors)
+    returned = {**seconds, OURS: called[1:]}  # the first was to warm up
+    return [
+        Row(name="in the background: returns", params=params, num_bytes=size, seconds=returned, target=0.3),
+        Row(name="in the background: copied", params=params, num_bytes=size, seconds=seconds, target=2.0),
+    ]
 
 
 def bytes_from_disk() -> int:
@@ -379,7 +416,7 @@ def cells_of(row: Row) -> list[str]:
         f"{control_error(controls_of(row), AGAIN, REFERENCE):+.1%}",
         f"{median(row.seconds[OURS]):.2f}",
         f"{paired_ratio(row.seconds, OURS, REFERENCE):.2f}",
-        f"{row.target:.1f}",
+        f"{row.target}",
         f"{row.num_bytes / 1e6 / median(row.seconds[OURS]):.0f}",
     ]
 
@@ -402,10 +439,11 @@ def describe_disk(folder: Path) -> str:
     return f"device {number}"
 
 
-ROWS: Mapping[str, Callable[[State, int, Path, int], Row]] = {
-    "save_ckpt": save_row,
-    "save_model": save_model_row,
-    "load_ckpt": load_row,
+ROWS: Mapping[str, Callable[[State, int, Path, int], list[Row]]] = {
+    "save_ckpt": save_rows,
+    "background": background_rows,
+    "save_model": save_model_rows,
+    "load_ckpt": load_rows,
 }
 
 
@@ -446,8 +484,9 @@ def main() -> None:
                 print(", ".join(memory_cells_of(params, memory[params])), file=sys.stderr, flush=True)
             state = build_state(strategy, params)
             for name in (name for name in ROWS if name in args.rows):
-                rows.append(ROWS[name](state, params, folder, args.rounds))
-                print(", ".join(cells_of(rows[-1])), file=sys.stderr, flush=True)
+                found = ROWS[name](state, params, folder, args.rounds)
+                rows += found
+                print("\n".join(", ".join(cells_of(row)) for row in found), file=sys.stderr, flush=True)
             del state
         disk = describe_disk(Path(scratch))
     options = f"--params {' '.join(map(str, args.params))} --rounds {args.rounds} --rows {' '.join(args.rows)}"
