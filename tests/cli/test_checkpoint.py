@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import cast
 
@@ -16,10 +18,13 @@ import attrs
 import pytest
 import torch
 from cli_runs import REPOSITORY, Cli
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lightrft.cli import main
 from lightrft.cli.checkpoint.place import CHECKPOINTS_NAME
 from lightrft.cli.run_dir import bind_config
 from lightrft.config import Config, ModelConfig, StrategyConfig
@@ -28,6 +33,7 @@ from lightrft.loops.run import checkpoint_dir
 from lightrft.models.build import build_model_and_tokenizer
 from lightrft.models.tokenizer import ModelTokenizer
 from lightrft.strategy import Strategy, Trainable, get_strategy
+from lightrft.testing.ranks.here import scratch_directory
 
 CONFIG = Config(
     strategy=StrategyConfig(strategy="single", actor_learning_rate=1e-2),
@@ -417,14 +423,76 @@ def test_prune_removes_all_but_the_newest(cli: Cli, saved: Saved) -> None:
     )
 
 
-def test_prune_keeps_what_save_ckpt_keeps(cli: Cli, saved: Saved) -> None:
-    """`--max-num` is the `max_num` of `save_ckpt`."""
-    shutil.copytree(saved.directory, "other")
-    saved.strategy.save_ckpt(saved.actor, "run/checkpoints", step=12)
-    saved.strategy.save_ckpt(saved.actor, "other/checkpoints", step=12, max_num=2)
-    assert cli("checkpoint", "prune", "run", "--max-num", "2").code == 0
-    names = [sorted(path.name for path in Path(run, "checkpoints").iterdir()) for run in ("run", "other")]
-    assert names[0] == names[1] == ["step-00000009", "step-00000012"]
+@attrs.frozen(kw_only=True)
+class Kept:
+    """Checkpoints by step, with metric and bytes that are saved beside the model, and what the last save was told."""
+
+    saves: tuple[tuple[int, float | None, int], ...]
+    max_num: int | None
+    max_kilobytes: int | None
+    keep_every: int
+    keep_best: int
+
+
+@st.composite
+def kept_cases(draw: st.DrawFn) -> Kept:
+    steps = sorted(draw(st.sets(st.integers(0, 12), min_size=2, max_size=6)))
+    metrics = st.sampled_from([None, -1.0, 0.0, 0.5, 0.5, 1e300])
+    max_num = draw(st.none() | st.integers(1, 4))
+    # a checkpoint has about 20 kB without its padding
+    max_kilobytes = draw(st.integers(0, 120) if max_num is None else st.none() | st.integers(0, 120))
+    return Kept(
+        saves=tuple((step, draw(metrics), draw(st.integers(0, 20_000))) for step in steps),
+        max_num=max_num,
+        max_kilobytes=max_kilobytes,
+        keep_every=draw(st.integers(0, 4)),
+        keep_best=draw(st.integers(0, 3)),
+    )
+
+
+def flags(case: Kept) -> list[str]:
+    """The rules of a case as a command line has them; what is off is left out or said, by chance of the numbers."""
+    found = [] if case.max_num is None else [f"--max-num={case.max_num}"]
+    found += [] if case.max_kilobytes is None else [f"--max-mem={case.max_kilobytes * 1e-6!r}"]
+    found += [f"--keep-every={case.keep_every}"] if case.keep_every != 1 else ["--keep-every", "1"]
+    return found + ([f"--keep-best={case.keep_best}"] if case.keep_best else [])
+
+
+def pruned(directory: Path, *argv: str) -> dict[str, object]:
+    out = io.StringIO()
+    with redirect_stdout(out):
+        assert main(["checkpoint", "prune", str(directory), *argv, "--json"]) == 0
+    return cast("dict[str, object]", json.loads(out.getvalue()))
+
+
+@settings(max_examples=40)
+@given(case=kept_cases())
+def test_prune_keeps_what_save_ckpt_keeps(made: Saved, case: Kept) -> None:
+    """Its rules are those of `save_ckpt`: a save without limits and `prune` leave what a save with them leaves."""
+
+    def save(directory: Path, number: int, **rules: float | None) -> None:
+        step, metric, padding = case.saves[number]
+        state = {"padding": "x" * padding}
+        made.strategy.save_ckpt(nn.Linear(1, 1), directory, step=step, metric=metric, client_state=state, **rules)  # type: ignore[arg-type]
+
+    with scratch_directory() as scratch:
+        by_saving, by_pruning = scratch / "saving", scratch / "pruning"
+        for number in range(len(case.saves) - 1):
+            save(by_saving, number)
+        shutil.copytree(by_saving, by_pruning)
+        max_mem = None if case.max_kilobytes is None else case.max_kilobytes * 1e-6
+        rules = {"max_num": case.max_num, "keep_every": case.keep_every, "keep_best": case.keep_best}
+        save(by_saving, -1, max_mem=max_mem, **rules)
+        save(by_pruning, -1)
+        stay = sorted(path.name for path in by_saving.iterdir())
+        before = tree(by_pruning)
+        dry = pruned(by_pruning, *flags(case), "--dry-run")
+        assert tree(by_pruning) == before
+        assert [f"step-{step:08d}" for step in cast("list[int]", dry["staying"])] == stay
+        real = pruned(by_pruning, *flags(case))
+        assert {**real, "is_dry_run": True} == dry
+        assert sorted(path.name for path in by_pruning.iterdir()) == stay
+        assert tree(by_pruning) == {path: content for path, content in before.items() if path.split("/")[0] in stay}
 
 
 @pytest.mark.parametrize(
@@ -447,7 +515,14 @@ def test_prune_keeps_what_save_ckpt_keeps(cli: Cli, saved: Saved) -> None:
             ["export", "run", "out", "--model", "critc"],
             "--model='critc' is not in run/checkpoints/step-00000009; did you",
         ),
-        (["prune", "run"], "--max-num is missing"),
+        (["prune", "run"], "--max-num and --max-mem are missing, and nothing goes without a limit"),
+        (["prune", "run", "--keep-best=1"], "--max-num and --max-mem are missing"),
+        (["prune", "run", "--max-mem=-0.5"], "--max-mem=-0.5 is not a finite number of at least 0; give GB"),
+        (["prune", "run", "--max-mem=nan"], "--max-mem=nan is not a finite number"),
+        (["prune", "run", "--max-mem=inf"], "--max-mem=inf is not a finite number"),
+        (["prune", "run", "--max-num=1", "--keep-every=-1"], "--keep-every=-1 is below 0; use 0 to spare none"),
+        (["prune", "run", "--max-num=1", "--keep-best=-2"], "--keep-best=-2 is below 0"),
+        (["verify", "run", "--keep-best=2"], "--keep-best says nothing to verify; leave it out, it is for prune."),
         (["prune", "run", "--max-num=0"], "--max-num=0 would remove the newest checkpoint"),
         (["prune", "run", "--max-num=1", "--step=3"], "--step says nothing to prune; leave it out, it is for verify"),
         (["list", "run", "--dry-run"], "--dry-run says nothing to list; leave it out, it is for prune."),

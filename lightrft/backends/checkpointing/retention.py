@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import attrs
@@ -12,7 +14,7 @@ from lightrft.backends.checkpointing.layout import MANIFEST, checkpoint_path, co
 from lightrft.backends.checkpointing.manifest import Manifest, read_manifest
 from lightrft.errors import CheckpointError
 
-__all__ = ["Retention", "retain", "surplus"]
+__all__ = ["Retention", "remove", "retain", "surplus"]
 
 
 @attrs.frozen(kw_only=True)
@@ -58,11 +60,27 @@ def retain(directory: Path, retention: Retention, *, just_saved: int) -> None:
         just_saved: a step that stays also where newer ones of an earlier run stand beside it.
     """
     for path in surplus(directory, retention, just_saved=just_saved).values():
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint; one that another process removes at the same time is gone just as well.
+
+    Args:
+        path: one that `surplus` returned.
+
+    Raises:
+        OSError: it is there and cannot be removed.
+    """
+    try:
         retire(path)
+    except FileNotFoundError:
+        if os.path.lexists(path):
+            raise
 
 
 def surplus(directory: Path, retention: Retention, *, just_saved: int | None = None) -> dict[int, Path]:
-    """Return the checkpoints that need not stay, by step, oldest first; `retire` removes one.
+    """Return the checkpoints that need not stay, by step, oldest first; `remove` removes one.
 
     Only a real directory that carries a manifest of ours of its own step is ever removed, or counted: symbolic links
     and what others left there stay, whatever their names.
@@ -101,9 +119,10 @@ def _standing(directory: Path) -> list[_Standing]:
         path = checkpoint_path(directory, step)
         manifest = None if path.is_symlink() else _our_manifest(path, step)
         if manifest is not None:
-            sizes = [file.size for file in manifest.files.values()]
-            num_bytes = sum(sizes) + (path / MANIFEST).stat().st_size
-            found.append(_Standing(step=step, path=path, num_bytes=num_bytes, metric=manifest.metric))
+            with suppress(FileNotFoundError):  # another process removes it
+                sizes = [file.size for file in manifest.files.values()]
+                num_bytes = sum(sizes) + (path / MANIFEST).stat().st_size
+                found.append(_Standing(step=step, path=path, num_bytes=num_bytes, metric=manifest.metric))
     return found
 
 

@@ -58,14 +58,22 @@ _VERBS = MappingProxyType(
         ),
         "prune": _Verb(
             words=("DIR",),
-            summary="remove all but the newest",
+            summary="remove what the rules of saving do not keep",
             run=prune,
-            options=frozenset({"max_num", "dry_run"}),
+            options=frozenset({"max_num", "max_mem", "keep_every", "keep_best", "dry_run"}),
         ),
     }
 )
 _OPTIONS: Mapping[str, str] = MappingProxyType(
-    {"step": "--step", "model": "--model", "max_num": "--max-num", "dry_run": "--dry-run"}
+    {
+        "step": "--step",
+        "model": "--model",
+        "max_num": "--max-num",
+        "max_mem": "--max-mem",
+        "keep_every": "--keep-every",
+        "keep_best": "--keep-best",
+        "dry_run": "--dry-run",
+    }
 )
 
 
@@ -77,6 +85,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", metavar="N", type=int, help="verify, show, export: this checkpoint")
     parser.add_argument("--model", metavar="NAME", help="export: which model, where there are several (default: actor)")
     parser.add_argument("--max-num", metavar="N", type=int, help="prune: how many of the newest stay")
+    parser.add_argument("--max-mem", metavar="GB", type=float, help="prune: how many GB (1e9 bytes) stay in total")
+    parser.add_argument("--keep-every", metavar="N", type=int, help="prune: multiples of this step stay all the same")
+    parser.add_argument("--keep-best", metavar="N", type=int, help="prune: so many with the largest metric stay, too")
     parser.add_argument("--dry-run", action="store_true", default=None, help="prune: say what would go, remove nothing")
     parser.add_argument("--json", action="store_true", help="write one JSON object and nothing else")
 
