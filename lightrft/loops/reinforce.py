@@ -87,6 +87,7 @@ def start_learner(run: Run, *, resume: bool) -> tuple[Learner, RunState]:
     if resume:
         state = resume_from(run, _named(actor, reference), sampler)
     engine = strategy.setup_inference_engine(config.engine, actor=actor.model, tokenizer=parts.tokenizer)
+    engine.weight_version = state.weight_version  # a new engine counts from 0
     return Learner(actor=actor, reference=reference, engine=engine, sampler=sampler), state
 
 
@@ -116,7 +117,13 @@ def reinforce(run: Run, learner: Learner, state: RunState) -> RunState:
     if learned is not None:
         strategy.update_engine_weights(learner.engine, learner.actor.model)
     synced = time.perf_counter()
-    state = attrs.evolve(state, step=state.step + 1, sampler=learner.sampler.state_dict(), rewards=statistics)
+    state = attrs.evolve(
+        state,
+        step=state.step + 1,
+        sampler=learner.sampler.state_dict(),
+        rewards=statistics,
+        weight_version=learner.engine.weight_version,
+    )
     num_tokens = sum(len(completion.token_ids) for completion in scored.completions)
     run.tracker.log(
         "metrics", row_of(state, "step", {**_rollout_values(scored, num_tokens), **_learned_values(learned)})

@@ -24,6 +24,7 @@ class RunState:
         accuracy_before: held-out accuracy before reinforcement; None until it was measured.
         accuracy: the newest held-out accuracy.
         evaluated: the step that it was measured after; None before the first.
+        weight_version: of the engine's weights, which counts on over resumes.
     """
 
     step: int = 0
@@ -32,6 +33,7 @@ class RunState:
     accuracy_before: float | None = None
     accuracy: float | None = None
     evaluated: int | None = None
+    weight_version: int = 0
 
 
 def state_to_json(state: RunState) -> dict[str, Json]:

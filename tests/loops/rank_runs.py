@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping
 from pathlib import Path
 
 import attrs
+import torch
 from runs import parts_of, tiny_config
 
 from lightrft.config.root import Config
@@ -29,6 +31,7 @@ class RunCase:
     strategy: str = "{}"
     engine: str = "{}"
     is_partial: bool = False
+    is_noisy: bool = False
     stop_at: int = 0
     stop_rank: int = 0
 
@@ -57,11 +60,12 @@ def config_of(case: RunCase) -> Config:
 
 
 def parts_like(case: RunCase, config: Config) -> Parts:
-    """Return the parts, whose reward looks at some of the problems alone if the case says so."""
+    """Return the parts, whose reward looks at some of the problems alone, and draws, if the case says so."""
     parts = parts_of(config)
 
     def partial(prompt: str, completion: str, answer: str, /) -> float:
-        return parts.reward(prompt, completion, answer) if int(prompt[0]) < 2 else 0.5
+        noise = 0.1 * (random.random() + torch.rand(()).item()) if case.is_noisy else 0.0  # noqa: S311 (no secret)
+        return parts.reward(prompt, completion, answer) + noise if int(prompt[0]) < 2 else 0.5
 
     return attrs.evolve(parts, reward=partial) if case.is_partial else parts
 
