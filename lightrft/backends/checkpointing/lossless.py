@@ -196,9 +196,20 @@ def _decode_tensor(body: Json) -> object:
     import torch
 
     fields = as_dict(body, source="$tensor")
-    dtype = cast("torch.dtype", getattr(torch, str(fields["dtype"])))
-    content = torch.tensor(list(bytes.fromhex(str(fields["bytes"]))), dtype=torch.uint8)
-    return content.view(dtype).reshape(cast("list[int]", fields["shape"]))
+    name, shape = str(fields["dtype"]), cast("list[int]", fields["shape"])
+    # not `getattr`: torch imports some of its modules when they are asked for by name
+    dtype = cast("torch.dtype", vars(torch).get(name))
+    try:
+        return torch.tensor(list(bytes.fromhex(str(fields["bytes"]))), dtype=torch.uint8).view(dtype).reshape(shape)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"dtype={name!r} and shape={shape!r} are not those of the bytes of a tensor ({_first_line(error)}); "
+            "load another checkpoint."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
 def _decode_pairs(body: Json) -> dict[object, object]:

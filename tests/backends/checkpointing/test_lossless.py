@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightrft.backends.checkpointing.lossless import decode, dumps, encode_client_state, encode_internal, loads
-from lightrft.errors import ConfigError
+from lightrft.errors import CheckpointError, ConfigError
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 trees = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=12)
@@ -64,6 +64,29 @@ def test_counters_nan_and_small_tensors_come_back() -> None:
     assert (scalar.dtype, scalar.shape, scalar.item()) == (torch.bfloat16, (), torch.tensor(0.1).bfloat16().item())
     assert empty.shape == (1, 0)
     assert math.isnan(back["c"])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"dtype": "float65"},
+        {"dtype": "load"},
+        {"dtype": "set_vital"},  # torch warns of this name when it is asked for it
+        {"dtype": "float64"},
+        {"shape": [2]},
+        {"shape": [-1, -1]},
+        {"shape": "x"},
+        {"bytes": "0x"},
+    ],
+    ids=str,
+)
+def test_a_forged_tensor_is_refused(body: dict[str, object]) -> None:
+    """Names of what is no dtype, and bytes of another size, are one line; torch is asked for nothing but dtypes."""
+    whole = {"dtype": "float32", "shape": [], "bytes": "0000803f"}
+    assert decode({"$tensor": whole}) == torch.tensor(1.0)
+    with pytest.raises(CheckpointError, match="are not those of the bytes of a tensor") as refused:
+        decode({"$tensor": {**whole, **body}})  # type: ignore[dict-item]
+    assert "\n" not in str(refused.value)
 
 
 def test_internal_state_refuses_what_it_cannot_hold() -> None:
