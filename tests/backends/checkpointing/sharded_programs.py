@@ -38,6 +38,7 @@ class Job:
     num_steps: int = 0
     num_tokens: int = 7
     disk_size: int = 0
+    full_rank: int = 0
     num_replicas: int = 1
 
 
@@ -225,7 +226,7 @@ def save_on_a_full_disk(rank: Rank, job: Job) -> Seen:
     """The errors of both kinds of saving, and then what is saved where there is space."""
     functions, trainable = functions_of(rank), trainable_of(rank, job)
     errors: list[str] = []
-    with files_of_at_most(job.disk_size if rank.rank == 0 else 1 << 30):
+    with files_of_at_most(job.disk_size if rank.rank == job.full_rank else 1 << 30):
         try:
             functions.save_ckpt({"actor": trainable}, job.directory)
         except CheckpointError as error:

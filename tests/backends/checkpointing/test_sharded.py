@@ -130,6 +130,18 @@ def test_a_full_disk_of_rank_0_is_an_error_of_all(
     assert (tmp_path / "step-00000001" / "manifest.json").is_file()
 
 
+def test_a_full_disk_of_another_rank_is_an_error_of_all(
+    tmp_path: Path, programs: ModuleType, ranks: Callable[[int], RunOnRanks]
+) -> None:
+    """A rank that cannot write the file of its own streams is named by the others, and no checkpoint comes of it."""
+    job = programs.Job(directory=str(tmp_path), is_sharded=True, num_steps=1, disk_size=1_000, full_rank=1)
+    first, second = ranks(2)(programs.save_on_a_full_disk, job)
+    assert "File too large; free space" in second.error
+    assert "\n" not in second.error
+    assert first.error == f"rank 1: {second.error}"
+    assert [path.name for path in tmp_path.glob("*step*")] == ["step-00000001"]  # of the save that came after
+
+
 def test_a_part_is_read_as_torch_cuts_it(
     tmp_path: Path, programs: ModuleType, ranks: Callable[[int], RunOnRanks]
 ) -> None:
