@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from contextlib import suppress
 
 import strategy_programs as programs
@@ -59,7 +60,9 @@ def main() -> None:
         error = None
         is_watching = True
         try:
-            strategy.load_ckpt({"actor": trainable}, directory)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                strategy.load_ckpt({"actor": trainable}, directory)
         except CheckpointError as refused:
             error = str(refused)
         is_watching = False

@@ -170,6 +170,8 @@ FORGERIES: dict[str, tuple[str, Callable[[dict[str, object]], object]]] = {
     # torch imports these when they are asked for as its attributes
     "lazy module": ("client_state.json", lambda state: state.update({"a": tensor("_inductor")})),
     "another lazy module": ("client_state.json", lambda state: state.update({"a": tensor("_export")})),
+    # and it warns of this name
+    "name that warns": ("client_state.json", lambda state: state.update({"a": tensor("set_vital")})),
     "function": ("client_state.json", lambda state: state.update({"a": tensor("load")})),
     "cut tensor": ("client_state.json", lambda state: state.update({"a": tensor("float64")})),
     "option": ("actor.state.json", lambda state: state["optimizer"]["groups"][0]["options"].update(EVIL)),
@@ -180,7 +182,7 @@ FORGERIES: dict[str, tuple[str, Callable[[dict[str, object]], object]]] = {
     "raw": (
         "actor.model.safetensors",
         lambda header: header.update(
-            {"__metadata__": {"lightrft.raw": json.dumps({"count": {"dtype": "_dynamo", "shape": [1]}})}}
+            {"__metadata__": {"lightrft.raw": json.dumps({"count": {"dtype": "set_vital", "shape": [1]}})}}
         ),
     ),
     "manifest": (
@@ -226,6 +228,6 @@ def test_loading_imports_nothing_that_a_file_names(
     assert {name: seen["events"] for name, seen in found.items() if seen["events"]} == {}
     assert found[str(whole)]["error"] is None
     refused = {Path(name).name for name, seen in found.items() if seen["error"]}
-    assert {"form", "tensor", "lazy module", "function", "cut tensor", "streams", "raw"} <= refused
+    assert {"form", "tensor", "lazy module", "name that warns", "function", "cut tensor", "streams", "raw"} <= refused
     assert all("\n" not in str(seen["error"]) for seen in found.values())
     assert not (tmp_path / "evil-was-here").exists()
