@@ -22,6 +22,7 @@ from torch import nn
 
 import lightrft
 from lightrft.backends.checkpointing.canonical import CheckpointFunctions
+from lightrft.cli import main
 from lightrft.errors import CheckpointError
 from lightrft.testing.ranks.here import scratch_directory
 
@@ -163,6 +164,23 @@ def test_a_directory_that_root_cannot_write(
         assert_one_line(caught.value, f"output_dir='{directory}/model' failed: {reason} ")
     assert tree(tmp_path) == before
     save_small(checkpointing, directory, 2)
+
+
+def test_pruning_what_cannot_be_removed(
+    tmp_path: Path, checkpointing: CheckpointFunctions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`lightrft checkpoint prune` says it in one line, and nothing is half removed."""
+    for step in (1, 2):
+        save_small(checkpointing, tmp_path / "run", step)
+    before = tree(tmp_path)
+    with read_only_disk(tmp_path / "run"):
+        assert main(["checkpoint", "prune", str(tmp_path), "--max-num", "1"]) == 2
+        assert main(["checkpoint", "prune", str(tmp_path / "run"), "--max-num", "1"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert f"directory='{tmp_path}/run/step-00000001' failed: Read-only file system (" in lines[1]
+    assert lines[1].endswith("; those that are newer stay as they were.")
+    assert tree(tmp_path) == before
 
 
 def as_nobody(action: Callable[[], str]) -> str:
