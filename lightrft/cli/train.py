@@ -168,7 +168,7 @@ def _train(config: Config, options: _Options, directory: Path, should_stop: Shou
     from lightrft.loops.run import checkpoint_dir
     from lightrft.loops.train import train
     from lightrft.planning.run import check_ranks
-    from lightrft.strategy import get_strategy
+    from lightrft.strategy import background_saves, get_strategy
     from lightrft.testing.checked import checked
     from lightrft.tracking.tracker import no_tracker
 
@@ -189,8 +189,9 @@ def _train(config: Config, options: _Options, directory: Path, should_stop: Shou
     at_end.callback(tracker.close)
     if is_rank_0:
         _announce(config, parts, world, done)
-    with _reassuring(strategy, checkpoint_dir(config)):
-        summary = train(strategy, config, parts, tracker=tracker, should_stop=should_stop)
+    in_background = background_saves(strategy) if config.checkpoint.save_in_background else nullcontext()
+    with _reassuring(strategy, checkpoint_dir(config)), in_background as background:
+        summary = train(strategy, config, parts, tracker=tracker, should_stop=should_stop, background=background)
         tracker.close()
         if is_rank_0:
             _conclude(summary, directory, options, world)

@@ -224,6 +224,8 @@ class CheckpointConfig:
         keep_every: every checkpoint whose step is a multiple of it is written, and stays whatever the limits; 0 is off.
         keep_best: so many checkpoints with the largest held-out accuracy stay whatever the limits, of equal ones the
             newer; each evaluated step is written then. 0 is off.
+        save_in_background: whether steps go on while a checkpoint is written; a process then needs main memory for a
+            copy of its part of the state.
     """
 
     save_every: int = attrs.field(default=50, validator=at_least(0, whole=True))
@@ -232,6 +234,7 @@ class CheckpointConfig:
     max_mem: float | None = attrs.field(default=None, converter=real_or_none, validator=optional(at_least(0)))
     keep_every: int = attrs.field(default=0, validator=at_least(0, whole=True))
     keep_best: int = attrs.field(default=0, validator=at_least(0, whole=True))
+    save_in_background: bool = attrs.field(default=False, validator=is_bool)
 
 
 @attrs.frozen(kw_only=True)

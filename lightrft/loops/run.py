@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lightrft.config.sections import RunConfig
-    from lightrft.strategy.protocols.checkpointing import Json
+    from lightrft.strategy.protocols.checkpointing import BackgroundSaves, Json
     from lightrft.tracking.progress import Clock
 
 __all__ = [
@@ -64,6 +64,7 @@ class Run:
         should_stop: asked at each step boundary, and between the batches of a rollout.
         clock: never goes back.
         last_save: the newest checkpoint.
+        background: writes checkpoints while steps go on; None writes them in between.
     """
 
     strategy: StrategyProtocol
@@ -73,6 +74,7 @@ class Run:
     should_stop: ShouldStop
     clock: Clock
     last_save: LastSave
+    background: BackgroundSaves | None = None
 
 
 def checkpoint_dir(config: Config) -> Path:
@@ -151,6 +153,8 @@ def stop_if_asked(run: Run, state_of: Mapping[str, nn.Module | Trainable], state
     if stop is None:
         return
     _save(run, state_of, state)
+    if run.background is not None:
+        run.background.wait()
     raise InterruptedRunError(
         f"{stop}: stopped after step {state.step} with a checkpoint in {checkpoint_dir(run.config)}; "
         "run the same command to go on."
@@ -200,6 +204,7 @@ def _save(run: Run, state_of: Mapping[str, nn.Module | Trainable], state: RunSta
         keep_every=config.keep_every,
         keep_best=config.keep_best,
         metric=state.accuracy if state.evaluated == state.step else None,
+        background=run.background,
     )
     run.last_save.step, run.last_save.seconds = state.step, run.clock()
 

@@ -22,6 +22,7 @@ from lightrft.strategy.protocols.strategy import StrategyProtocol
 from lightrft.tracking.tracker import Tracker, no_tracker
 
 if TYPE_CHECKING:
+    from lightrft.strategy.protocols.checkpointing import BackgroundSaves
     from lightrft.tracking.progress import Clock
 
 __all__ = ["Summary", "train"]
@@ -50,6 +51,7 @@ def train(
     tracker: Tracker | None = None,
     should_stop: ShouldStop = never_stop,
     clock: Clock = time.monotonic,
+    background: BackgroundSaves | None = None,
 ) -> Summary:
     """Run a configuration to its end, from its newest checkpoint if it has one.
 
@@ -63,11 +65,13 @@ def train(
         should_stop: asked at each step boundary, and between the batches of rollouts and evaluations; all ranks stop if
             one is asked to.
         clock: tells when a checkpoint is due by time; it never goes back.
+        background: writes checkpoints while steps go on, the last of which is committed when this returns or the run
+            is stopped; None writes them in between.
 
     Raises:
         ConfigError: settings that do not fit together, or the number of ranks.
         UnsupportedError: a model whose logits are not those that the losses are formed from.
-        CheckpointError: the directory holds the finished model of another run.
+        CheckpointError: the directory holds the finished model of another run, or a checkpoint cannot be written.
         InterruptedRunError: the run was asked to stop; its checkpoint is written.
     """
     check_settings(config)
@@ -84,6 +88,7 @@ def train(
         should_stop=should_stop,
         clock=clock,
         last_save=LastSave(step=done, seconds=clock()),
+        background=background,
     )
     warmup_steps = config.run.warmup_steps
     run.tracker.resume(-1 if done is None else done)
@@ -97,6 +102,8 @@ def train(
         while state.step < warmup_steps + config.run.num_steps:
             state = _end(run, learner, reinforce(run, learner, state))
     _export(run, learner)
+    if background is not None:
+        background.wait()
     return Summary(step=state.step, accuracy_before=state.accuracy_before or 0.0, accuracy_after=state.accuracy or 0.0)
 
 

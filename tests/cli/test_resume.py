@@ -22,32 +22,47 @@ def _logged(run_dir: Path) -> dict[str, bytes]:
     return {channel: channel_path(run_dir, channel).read_bytes() for channel in ("metrics", "samples")}
 
 
+@pytest.mark.parametrize("how", ["false", "true"])
 def test_a_killed_run_goes_on_bit_for_bit(
-    cli: Cli, launch: Launch, workplace: Path, undisturbed: dict[str, bytes]
+    cli: Cli, launch: Launch, workplace: Path, undisturbed: dict[str, bytes], how: str
 ) -> None:
-    """SIGKILL before the first checkpoint, in the warm-up and in reinforcement costs nothing but time."""
+    """SIGKILL before the first checkpoint, in the warm-up and in reinforcement costs nothing but time.
+
+    So it is where checkpoints are written while steps go on.
+    """
+    command = ("train", "run.toml", f"checkpoint.save_in_background={how}")
     for rows in (2, 8, 19):
-        killed = launch("train", "run.toml", cwd=workplace, signal_at=f"{rows}:{signal.SIGKILL.value}")
+        killed = launch(*command, cwd=workplace, signal_at=f"{rows}:{signal.SIGKILL.value}")
         assert killed.code == -signal.SIGKILL, killed
-    final = cli("train", "run.toml", "--quiet")
+    final = cli(*command, "--quiet")
     assert (final.code, final.err) == (0, "")
     assert "resumed from step " in final.out
     assert _logged(workplace / "run") == undisturbed
 
 
-@pytest.mark.parametrize(("number", "rows"), [(signal.SIGTERM, 5), (signal.SIGINT, 16)])
+@pytest.mark.parametrize(
+    ("number", "rows", "how"),
+    [(signal.SIGTERM, 5, "false"), (signal.SIGINT, 16, "false"), (signal.SIGTERM, 17, "true")],
+)
 def test_a_run_that_is_asked_to_stop_goes_on_bit_for_bit(
-    cli: Cli, launch: Launch, workplace: Path, undisturbed: dict[str, bytes], number: signal.Signals, rows: int
+    cli: Cli,
+    launch: Launch,
+    workplace: Path,
+    undisturbed: dict[str, bytes],
+    number: signal.Signals,
+    rows: int,
+    how: str,
 ) -> None:
     """SIGTERM and SIGINT end at a step boundary with a checkpoint and exit code 75; the same command goes on."""
-    stopped = launch("train", "run.toml", cwd=workplace, signal_at=f"{rows}:{number.value}")
+    command = ("train", "run.toml", f"checkpoint.save_in_background={how}")
+    stopped = launch(*command, cwd=workplace, signal_at=f"{rows}:{number.value}")
     assert stopped.code == 75, stopped
     assert stopped.line.startswith(f"lightrft: {number.name}: stopped after step ")
     assert "run the same command to go on." in stopped.line
     metrics = channel_path(workplace / "run", "metrics").read_bytes()
     assert undisturbed["metrics"].startswith(metrics)
     assert len(metrics) < len(undisturbed["metrics"])
-    final = cli("train", "run.toml", "--quiet")
+    final = cli(*command, "--quiet")
     assert (final.code, final.err) == (0, "")
     step = stopped.line.split("after step ")[1].split()[0]
     assert f"resumed from step {step} of 24" in final.out

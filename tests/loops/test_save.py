@@ -11,12 +11,12 @@ import pytest
 from runs import in_dir, parts_of, tiny_config
 
 from lightrft.config.root import Config
-from lightrft.errors import InterruptedRunError
+from lightrft.errors import CheckpointError, InterruptedRunError
 from lightrft.loops.collect import collect, sampling_params
 from lightrft.loops.parts import Parts
 from lightrft.loops.run import checkpoint_dir
 from lightrft.loops.train import Summary, train
-from lightrft.strategy import get_strategy
+from lightrft.strategy import background_saves, get_strategy
 from lightrft.strategy.protocols.checkpointing import Json
 from lightrft.strategy.record import Strategy
 from lightrft.testing.ranks.simulated import run_simulated
@@ -281,3 +281,50 @@ def test_batches_make_the_rollout_that_is_made_at_once(tmp_path: Path, world_siz
         assert all(made == at_once for made, _ in found)
         # 7 problems in batches of 1, 2 and 4 a rank
         assert [turns for _, turns in found] == [0, *(-(-7 // (each * world_size)) - 1 for each in (1, 2, 4)), 0]
+
+
+def test_a_run_that_saves_in_the_background_is_the_same_run(tmp_path: Path) -> None:
+    """Its checkpoints hold the same bytes as one that waits for them, and the last one is there when it has ended."""
+    config = saving(tiny_config(tmp_path), keep_best=1)
+    whole, behind = in_dir(config, tmp_path / "whole"), in_dir(config, tmp_path / "behind")
+    train(get_strategy(whole), whole, parts_of(whole))
+    strategy = get_strategy(behind)
+    with background_saves(strategy) as background:
+        train(strategy, behind, parts_of(behind), background=background)
+        assert saved_steps(behind) == saved_steps(whole) == list(range(1, 8))
+    files = {
+        config.run.dir: {
+            str(path.relative_to(checkpoint_dir(config))): path.read_bytes()
+            for path in checkpoint_dir(config).rglob("*.*")
+        }
+        for config in (whole, behind)
+    }
+    assert files[whole.run.dir] == files[behind.run.dir]
+
+
+def test_a_run_that_is_stopped_has_its_checkpoint_when_it_says_so(tmp_path: Path) -> None:
+    """Asked to stop, a run that saves in the background ends when the checkpoint is committed."""
+    config = saving(tiny_config(tmp_path), save_every=0)
+    strategy, asked = get_strategy(config), iter([None, None, "SIGTERM"])
+    with background_saves(strategy) as background:
+        with pytest.raises(InterruptedRunError, match="stopped after step"):
+            train(strategy, config, parts_of(config), should_stop=lambda: next(asked), background=background)
+        assert len(saved_steps(config)) == 1
+
+
+def test_a_run_whose_last_save_failed_fails(tmp_path: Path) -> None:
+    """An error of the background ends the run, at the latest when it is over."""
+    config = saving(tiny_config(tmp_path), save_every=0)
+    strategy = get_strategy(config)
+
+    def fail(save: Callable[[], None], /) -> None:
+        def save_nowhere() -> None:
+            save()
+            raise CheckpointError("the disk is full")
+
+        background.start(save_nowhere)
+
+    with background_saves(strategy) as background:
+        failing = attrs.evolve(background, start=fail)
+        with pytest.raises(CheckpointError, match="the disk is full"):
+            train(strategy, config, parts_of(config), background=failing)

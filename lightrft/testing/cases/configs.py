@@ -165,6 +165,7 @@ def _checkpoints() -> SearchStrategy[CheckpointConfig]:
         max_mem=st.none() | _amounts(),
         keep_every=_counts(),
         keep_best=_counts(),
+        save_in_background=st.booleans(),
     )
 
 
