@@ -140,7 +140,7 @@ class SaveCkpt(Protocol):
 
         Holds parameters, optimizer, schedule, position in the accumulation window with its gradients, random state of
         every rank and `client_state`. All ranks call it, with the same models: rank 0 writes whole tensors under the
-        names of the plain model, however they are sharded, gathered one at a time.
+        names of the plain model, however they are sharded, gathered in pieces.
 
         Laws: a process killed at any instant leaves every committed checkpoint loadable; nothing is overwritten;
         nothing is removed before its successor is durable, and only directories that carry our manifest are ever
@@ -245,8 +245,8 @@ class SaveModel(Protocol):
     ) -> Path:
         """Return the directory, in the Hugging Face layout: config, tokenizer and safetensors.
 
-        All ranks call it, and rank 0 writes. More than 5 GB of tensors become several files with an index. Whole
-        tensors are gathered one at a time, and the live model is only read.
+        All ranks call it, and rank 0 writes. More than 5 GB of tensors become several files with an index. Tensors are
+        gathered in pieces, and the live model is only read.
 
         Args:
             model: the prepared or plain model.
