@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "build_model",
     "build_model_and_tokenizer",
+    "build_untrained_model",
     "build_untrained_model_and_tokenizer",
     "load_model_and_tokenizer",
 ]
@@ -126,9 +127,24 @@ def build_untrained_model_and_tokenizer(path: str) -> tuple[PreTrainedModel, Mod
         MissingPackageError: transformers is not installed.
     """
     require_transformers()
+    _check_directory(path)
+    return build_untrained_model(path), _load_tokenizer(path)
+
+
+def build_untrained_model(path: str) -> PreTrainedModel:
+    """Return the model that the config of a local directory describes, with random weights; no weight is read.
+
+    Args:
+        path: directory that holds a config.
+
+    Raises:
+        ConfigError: there is no such directory or no config, or it describes no model.
+        MissingPackageError: transformers is not installed.
+    """
+    require_transformers()
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    _check_directory(path)
+    _check_config(path)
     from_config = cast("Callable[..., nn.Module]", AutoModelForCausalLM.from_config)
     try:
         described = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -138,7 +154,7 @@ def build_untrained_model_and_tokenizer(path: str) -> tuple[PreTrainedModel, Mod
         raise ConfigError(
             f"path={path!r} describes no model that can be built ({_said(error)}); save it anew."
         ) from error
-    return cast("PreTrainedModel", model.eval()), _load_tokenizer(path)
+    return cast("PreTrainedModel", model.eval())
 
 
 def _said(error: Exception) -> str:
@@ -196,13 +212,17 @@ def _sizes(config: ModelConfig, default: PreTrainedConfig) -> Mapping[str, int]:
     return {name: size for name, size in wanted.items() if hasattr(default, name)}
 
 
-def _check_directory(path: str) -> None:
+def _check_config(path: str) -> None:
     directory = Path(path)
     if not directory.is_dir():
         raise ConfigError(f"path={path!r} is not a directory; give a local one in the Hugging Face layout.")
     if not (directory / "config.json").is_file():
         raise ConfigError(f"path={path!r} holds no config.json; give a directory in the Hugging Face layout.")
-    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+
+
+def _check_directory(path: str) -> None:
+    _check_config(path)
+    if not any((Path(path) / name).is_file() for name in _TOKENIZER_FILES):
         raise ConfigError(f"path={path!r} holds no tokenizer; save it there with tokenizer.save_pretrained.")
 
 

@@ -498,7 +498,7 @@ def test_prune_keeps_what_save_ckpt_keeps(made: Saved, case: Kept) -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "no action is given; use one of list, verify, show, export, prune"),
+        ([], "no action is given; use one of list, verify, show, export, import, prune"),
         (["verfy", "run"], "action='verfy' is not known; did you mean 'verify'?"),
         (["list"], "0 directories are given, and list takes 1: lightrft checkpoint list DIR."),
         (["export", "run"], "1 directories are given, and export takes 2: lightrft checkpoint export DIR OUT."),
@@ -525,7 +525,7 @@ def test_prune_keeps_what_save_ckpt_keeps(made: Saved, case: Kept) -> None:
         (["verify", "run", "--keep-best=2"], "--keep-best says nothing to verify; leave it out, it is for prune."),
         (["prune", "run", "--max-num=0"], "--max-num=0 would remove the newest checkpoint"),
         (["prune", "run", "--max-num=1", "--step=3"], "--step says nothing to prune; leave it out, it is for verify"),
-        (["list", "run", "--dry-run"], "--dry-run says nothing to list; leave it out, it is for prune."),
+        (["list", "run", "--dry-run"], "--dry-run says nothing to list; leave it out, it is for import, prune."),
     ],
 )
 def test_wrong_input_is_one_line(cli: Cli, saved: Saved, argv: list[str], words: str) -> None:

@@ -6,7 +6,7 @@ order in which an optimizer was given its parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import cast
 
 import attrs
@@ -19,7 +19,7 @@ from lightrft.backends.checkpointing.lossless import encode_internal
 from lightrft.errors import ConfigError
 from lightrft.strategy.protocols.checkpointing import Json
 
-__all__ = ["EntryState", "entry_state", "options_of"]
+__all__ = ["EntryState", "entry_state", "optimizer_record", "optimizer_tensors", "options_of"]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -58,8 +58,8 @@ def entry_state(entry: Entry, access: StateAccess, *, rank: int) -> EntryState:
     optimizer: Json = None
     if entry.optimizer is not None:
         state = access.optimizer_state(entry.model, entry.optimizer, owner=entry.name)
-        tables[optimizer_file(entry.name)] = dict(_optimizer_tensors(state, entry.name))
-        optimizer = _optimizer_record(state, entry.name)
+        tables[optimizer_file(entry.name)] = optimizer_tensors(state, entry.name)
+        optimizer = optimizer_record(state, entry.name)
     schedule = None if entry.scheduler is None else entry.scheduler.state_dict()
     return EntryState(
         tables=tables,
@@ -82,17 +82,36 @@ def options_of(group: Mapping[str, object]) -> dict[str, object]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
-def _optimizer_tensors(state: OptimizerState, owner: str) -> Iterator[tuple[str, LiveTensor]]:
+def optimizer_tensors(state: OptimizerState, owner: str) -> dict[str, LiveTensor]:
+    """Return the tensors that an optimizer keeps, by their names in the file.
+
+    Args:
+        state: what it keeps.
+        owner: what its model is called.
+
+    Raises:
+        ConfigError: a key of its state is no identifier.
+    """
+    tensors: dict[str, LiveTensor] = {}
     for name, parameter in state.parameters.items():
         for key in (*parameter.tensors, *parameter.values):
             if not isinstance(cast("object", key), str) or "." in key:
                 path = f"{owner}.optimizer.state[{name!r}][{key!r}]"
                 raise ConfigError(f"{path} has a key that is no identifier; use str keys without dots.")
-        for key, tensor in parameter.tensors.items():
-            yield f"{key}.{name}", tensor
+        tensors |= {f"{key}.{name}": tensor for key, tensor in parameter.tensors.items()}
+    return tensors
 
 
-def _optimizer_record(state: OptimizerState, owner: str) -> dict[str, Json]:
+def optimizer_record(state: OptimizerState, owner: str) -> dict[str, Json]:
+    """Return what an optimizer keeps beside tensors: groups, options and values.
+
+    Args:
+        state: what it keeps.
+        owner: what its model is called.
+
+    Raises:
+        ConfigError: it holds what JSON cannot hold.
+    """
     groups: list[Json] = []
     for index, group in enumerate(state.groups):
         options = encode_internal(options_of(group.options), f"{owner}.optimizer.param_groups[{index}]")

@@ -1,4 +1,4 @@
-"""`lightrft checkpoint`: look at the checkpoints of a run, check them, take a model out, and make room."""
+"""`lightrft checkpoint`: look at the checkpoints of a run, check them, take models out and in, and make room."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import attrs
 
 from lightrft.cli.checkpoint.answer import Action, Answer
 from lightrft.cli.checkpoint.exporting import export
+from lightrft.cli.checkpoint.importing import import_checkpoint
 from lightrft.cli.checkpoint.looking import list_checkpoints, show
 from lightrft.cli.checkpoint.pruning import prune
 from lightrft.cli.checkpoint.verifying import verify
@@ -56,6 +57,12 @@ _VERBS = MappingProxyType(
             run=export,
             options=frozenset({"step", "model"}),
         ),
+        "import": _Verb(
+            words=("SOURCE", "DIR"),
+            summary="write another program's checkpoint as one of ours",
+            run=import_checkpoint,
+            options=frozenset({"step", "model", "like", "dry_run"}),
+        ),
         "prune": _Verb(
             words=("DIR",),
             summary="remove what the rules of saving do not keep",
@@ -68,6 +75,7 @@ _OPTIONS: Mapping[str, str] = MappingProxyType(
     {
         "step": "--step",
         "model": "--model",
+        "like": "--like",
         "max_num": "--max-num",
         "max_mem": "--max-mem",
         "keep_every": "--keep-every",
@@ -79,16 +87,25 @@ _OPTIONS: Mapping[str, str] = MappingProxyType(
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     usages = [" ".join((name, *verb.words)) for name, verb in _VERBS.items()]
-    lines = [f"  {usage:<16}{verb.summary}" for usage, verb in zip(usages, _VERBS.values(), strict=True)]
+    lines = [f"  {usage:<18}{verb.summary}" for usage, verb in zip(usages, _VERBS.values(), strict=True)]
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "\n".join(("actions:", *lines, "", "DIR is the directory of a run, or that of its checkpoints."))
-    parser.add_argument("--step", metavar="N", type=int, help="verify, show, export: this checkpoint")
-    parser.add_argument("--model", metavar="NAME", help="export: which model, where there are several (default: actor)")
+    parser.add_argument(
+        "--step", metavar="N", type=int, help="verify, show, export: this checkpoint; import: under this step"
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help="export, import: which model, where there are several (default: actor)"
+    )
+    parser.add_argument(
+        "--like", metavar="HF", help="import: a Hugging Face directory of the same model, for what it ties"
+    )
     parser.add_argument("--max-num", metavar="N", type=int, help="prune: how many of the newest stay")
     parser.add_argument("--max-mem", metavar="GB", type=float, help="prune: how many GB (1e9 bytes) stay in total")
     parser.add_argument("--keep-every", metavar="N", type=int, help="prune: multiples of this step stay all the same")
     parser.add_argument("--keep-best", metavar="N", type=int, help="prune: so many with the largest metric stay, too")
-    parser.add_argument("--dry-run", action="store_true", default=None, help="prune: say what would go, remove nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", default=None, help="prune, import: say what would be done, do nothing"
+    )
     parser.add_argument("--json", action="store_true", help="write one JSON object and nothing else")
 
 
@@ -120,7 +137,7 @@ def _tell(answer: Answer, *, as_json: bool) -> int:
 COMMAND = Command(
     name="checkpoint",
     words="ACTION DIR [OUT]",
-    summary="list, verify, show, export or prune the checkpoints of a run",
+    summary="list, verify, show, export, import or prune the checkpoints of a run",
     add_arguments=_add_arguments,
     run=_run,
 )
