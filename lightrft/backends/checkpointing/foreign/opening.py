@@ -63,7 +63,8 @@ def _open(directory: Path, name: str, files: ExitStack) -> ForeignModel:
     if of_deepspeed is not None:
         return read_deepspeed(of_deepspeed)
     if (directory / INDEX).is_file() or (directory / _WEIGHTS).is_file():
-        return ForeignModel(kind="huggingface", tensors=files.enter_context(open_weights(directory)))
+        weights = files.enter_context(open_weights(directory))
+        return ForeignModel(kind="huggingface", tensors=weights, notes=["missing: the optimizer."])
     for file, words in _REFUSED.items():
         if (directory / file).exists():
             raise ConfigError(f"SOURCE={str(directory)!r} {words}.")

@@ -11,10 +11,11 @@ import re
 import stat
 import warnings
 import zipfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Generator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 
@@ -24,6 +25,8 @@ __all__ = ["as_torch_file", "is_stand_in", "made_of", "read_restricted", "state_
 
 _ZIP = b"PK\x03\x04"  # how a file of `torch.save` begins; older ones are no archives
 _NUM_SHOWN = 200
+
+_Allowed: TypeAlias = tuple[Callable[..., object], str]
 
 
 def read_restricted(file: Path | BytesIO, *, source: str, stand_ins: Collection[str] = ()) -> object:
@@ -37,9 +40,9 @@ def read_restricted(file: Path | BytesIO, *, source: str, stand_ins: Collection[
     Raises:
         CheckpointError: it is missing or damaged, or names anything else.
     """
-    allowed = cast("list[tuple[Callable[..., object], str]]", [(_stand_in(name), name) for name in stand_ins])
+    allowed: list[_Allowed] = [(_stand_in(name), name) for name in stand_ins]
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([*allowed]):
+        with warnings.catch_warnings(), _allowed_alone(allowed):
             warnings.simplefilter("ignore")  # what it warns of, it refuses
             return torch.load(file, map_location="cpu", weights_only=True, mmap=_can_be_mapped(file))
     except OSError as error:
@@ -51,6 +54,18 @@ def read_restricted(file: Path | BytesIO, *, source: str, stand_ins: Collection[
             f"{source} is refused by torch's restricted unpickler: {_reason(error)}; "
             "save it anew without that, or as safetensors."
         ) from error
+
+
+@contextmanager
+def _allowed_alone(allowed: list[_Allowed]) -> Generator[None, None, None]:
+    """Let the restricted unpickler make these, and nothing that was allowed elsewhere in this process."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        with torch.serialization.safe_globals([*allowed]):
+            yield
+    finally:
+        torch.serialization.add_safe_globals(before)
 
 
 def as_torch_file(stream: bytes) -> BytesIO:
