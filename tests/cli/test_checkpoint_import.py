@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -212,6 +213,24 @@ def elsewhere() -> None:
     Path("source/latest").write_text("../..\n")
 
 
+def with_huge_shape() -> None:
+    save_dcp()
+    path = Path("source/.metadata")
+    metadata = pickle.loads(path.read_bytes())  # noqa: S301 (ours)
+    metadata.state_dict_metadata["model.w"].size = torch.Size([2**60])
+    path.write_bytes(pickle.dumps(metadata))
+
+
+def with_reserved_name() -> None:
+    dcp.save({"model": {"__metadata__": torch.ones(3)}}, checkpoint_id="source", no_dist=True)
+
+
+def with_number_for_name() -> None:
+    nothing()
+    module = {"dp_world_size": 1, "module": {3: torch.ones(2)}, "global_steps": 1}
+    torch.save(module, "source/mp_rank_00_model_states.pt")
+
+
 def split_by_tensors() -> None:
     nothing()
     for rank in range(2):
@@ -258,6 +277,9 @@ def of_another_form() -> None:
         (two_models, [], 2, "--model='actor' is not in source, which holds a, b"),
         (no_model, [], 1, "source holds no tensors of a model"),
         (elsewhere, [], 1, "source/latest names '../..', which is no directory beside it"),
+        (with_huge_shape, [], 1, "source: model.w has not the elements of its shape"),
+        (with_reserved_name, [], 1, "source has a tensor of the name '__metadata__'"),
+        (with_number_for_name, [], 1, "source has a tensor of the name 3"),
         (split_by_tensors, [], 2, "source/mp_rank_01_model_states.pt is of a model that was split by tensors"),
         (without_model_file, [], 1, "source lacks mp_rank_00_model_states.pt"),
         (without_rank, [], 1, "source lacks a file of rank 0"),

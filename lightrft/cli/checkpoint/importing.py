@@ -77,9 +77,10 @@ def _directory(path: str) -> Path:
 
 
 def _step(asked: int | None, found: ForeignModel) -> int:
-    if asked is not None and asked < 0:
-        raise ConfigError(f"--step={asked} is no step; use 0 or more.")
-    return asked if asked is not None else found.step or 0
+    step = asked if asked is not None else found.step or 0
+    if step < 0:
+        raise ConfigError(f"--step={step} is no step; use 0 or more.")
+    return step
 
 
 def _tied(opened: ForeignModel, source: Path, like: str | None) -> tuple[ForeignModel, list[str]]:

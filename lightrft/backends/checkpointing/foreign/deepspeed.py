@@ -60,7 +60,7 @@ def read_deepspeed(directory: Path) -> ForeignModel:
         tensors=tensors,
         aliases=aliases,
         optimizer=optimizer,
-        step=cast("int", first["global_steps"]),
+        step=int(cast("int", first["global_steps"])),
         notes=notes,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import cast
 
 from lightrft.backends.checkpointing.durable import disk_errors
 from lightrft.backends.checkpointing.foreign.dcp_parts import read_dcp
@@ -47,6 +48,7 @@ def open_foreign(directory: Path, *, name: str) -> Generator[ForeignModel, None,
         with disk_errors("SOURCE", directory, advice="make it readable, or copy it again"):
             try:
                 found = _open(directory, name, files)
+                _require_names(found, directory)
             except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
                 if isinstance(error, LightRFTError):
                     raise
@@ -54,6 +56,12 @@ def open_foreign(directory: Path, *, name: str) -> Generator[ForeignModel, None,
                     f"{directory} has not the form of a checkpoint that is known ({error!r}); pass another one."
                 ) from error
         yield found
+
+
+def _require_names(found: ForeignModel, directory: Path) -> None:
+    for name in found.tensors:
+        if not isinstance(cast("object", name), str) or name == "__metadata__":  # which a safetensors file has already
+            raise CheckpointError(f"{directory} has a tensor of the name {name!r}; rename it, and save it again.")
 
 
 def _open(directory: Path, name: str, files: ExitStack) -> ForeignModel:

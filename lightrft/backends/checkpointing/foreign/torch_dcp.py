@@ -148,11 +148,20 @@ def _tensor(name: str, described: Mapping[str, object], places: _Places, directo
         place = places[name, offsets] if (name, offsets) in places else places[name, None]
         chunks.append(_Chunk(offsets=offsets, sizes=sizes, place=place))
     source = f"{directory}: {name}"
+    _require_sizes(shape, dtype, chunks, source)
 
     def read() -> torch.Tensor:
         return _read_tensor(shape, dtype, chunks, source)
 
     return WholeTensor(shape=shape, dtype=dtype, read=read)
+
+
+def _require_sizes(shape: torch.Size, dtype: torch.dtype, chunks: list[_Chunk], source: str) -> None:
+    """Check that the parts can make up the whole, before any memory is taken for it."""
+    sizes = [chunk.sizes.numel() for chunk in chunks]
+    is_too_short = any(size * dtype.itemsize > chunk.place.length for size, chunk in zip(sizes, chunks, strict=True))
+    if is_too_short or sum(sizes) != shape.numel():
+        raise CheckpointError(f"{source} has not the elements of its shape {list(shape)}; copy the directory again.")
 
 
 def _read_tensor(shape: torch.Size, dtype: torch.dtype, chunks: list[_Chunk], source: str) -> torch.Tensor:
