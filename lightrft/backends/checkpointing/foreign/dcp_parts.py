@@ -12,14 +12,19 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias, cast
 
-from lightrft.backends.checkpointing.access import OptimizerState, WholeTensor
-from lightrft.backends.checkpointing.foreign.record import ForeignModel, foreign_optimizer, parameter_state
+from lightrft.backends.checkpointing.foreign.record import (
+    ForeignModel,
+    ForeignOptimizer,
+    ForeignTensor,
+    foreign_optimizer,
+    foreign_parameter,
+)
 from lightrft.backends.checkpointing.foreign.torch_dcp import KeyPath, read_leaves
 from lightrft.errors import CheckpointError, ConfigError
 
 __all__ = ["read_dcp"]
 
-_Value: TypeAlias = WholeTensor | Callable[[], object]
+_Value: TypeAlias = ForeignTensor | Callable[[], object]
 _Values: TypeAlias = Mapping[KeyPath, _Value]
 
 _GROUPS, _STATE = "param_groups", "state"
@@ -40,7 +45,7 @@ def read_dcp(directory: Path, *, name: str) -> ForeignModel:
     values: dict[KeyPath, _Value] = {**leaves.tensors, **leaves.values}
     optimizers = _optimizers(values)
     taken = {path for optimizer in optimizers.values() for path in optimizer}
-    models: dict[KeyPath, dict[str, WholeTensor]] = defaultdict(dict)
+    models: dict[KeyPath, dict[str, ForeignTensor]] = defaultdict(dict)
     for path, tensor in leaves.tensors.items():
         if path not in taken:
             models[path[:-1]][str(path[-1])] = tensor
@@ -98,7 +103,7 @@ def _missing_optimizer(num_found: int, num_own: int) -> str:
     return f"missing: the optimizer; {num_own} fit the model."
 
 
-def _read_optimizer(owner: KeyPath, values: _Values, names: Collection[str]) -> OptimizerState | None:
+def _read_optimizer(owner: KeyPath, values: _Values, names: Collection[str]) -> ForeignOptimizer | None:
     """Return an optimizer, or None where it is not one of parameters of these names."""
     tails = {path[len(owner) :]: value for path, value in values.items()}
     groups = [
@@ -112,7 +117,7 @@ def _read_optimizer(owner: KeyPath, values: _Values, names: Collection[str]) -> 
     if not options_of or not {*options_of, *states} <= {*names} or not states.keys() <= options_of.keys():
         return None
     return foreign_optimizer(
-        groups, {parameter: parameter_state(state, options_of[parameter]) for parameter, state in states.items()}
+        groups, {parameter: foreign_parameter(state, options_of[parameter]) for parameter, state in states.items()}
     )
 
 
@@ -151,8 +156,8 @@ def _flat_groups(tails: _Values) -> list[dict[str, object]]:
 
 
 def _is_small(value: _Value) -> bool:
-    return not isinstance(value, WholeTensor) or not value.shape
+    return not isinstance(value, ForeignTensor) or not value.shape
 
 
 def _in_memory(value: _Value) -> object:
-    return value.read() if isinstance(value, WholeTensor) else value()
+    return value.read() if isinstance(value, ForeignTensor) else value()

@@ -8,11 +8,18 @@ from typing import TypeAlias, cast
 
 import torch
 
-from lightrft.backends.checkpointing.access import OptimizerState, ParameterState, WholeTensor
 from lightrft.backends.checkpointing.foreign.deepspeed_files import RankFiles, open_ranks
 from lightrft.backends.checkpointing.foreign.flat_parts import FlatParts, flat_parts, own_size
-from lightrft.backends.checkpointing.foreign.record import ForeignModel, foreign_optimizer, joined, parameter_state
-from lightrft.backends.checkpointing.tensor_files import whole_tensor
+from lightrft.backends.checkpointing.foreign.record import (
+    ForeignModel,
+    ForeignOptimizer,
+    ForeignParameter,
+    ForeignTensor,
+    foreign_optimizer,
+    foreign_parameter,
+    in_memory,
+    joined,
+)
 
 __all__ = ["read_deepspeed"]
 
@@ -39,7 +46,7 @@ def read_deepspeed(directory: Path) -> ForeignModel:
     first = files.models[0]
     module = _module(files)
     aliases = _aliases(first, module)
-    tensors = {name: whole_tensor(tensor) for name, tensor in module.items() if name not in aliases}
+    tensors = {name: in_memory(tensor) for name, tensor in module.items() if name not in aliases}
     optimizer, notes = None, ["missing: the optimizer."]
     if files.optimizers:
         parts = flat_parts(files, directory)
@@ -85,35 +92,35 @@ def _aliases(first: _State, module: Mapping[str, torch.Tensor]) -> dict[str, str
     return aliases
 
 
-def _is_rounded(first: _State, stepped: Mapping[str, WholeTensor]) -> bool:
+def _is_rounded(first: _State, stepped: Mapping[str, ForeignTensor]) -> bool:
     """Return whether the engine had turned the whole module, whatever is stepped, to fewer bits."""
     module = cast("Mapping[str, torch.Tensor]", first["module"])
     return any(module[name].dtype != tensor.dtype for name, tensor in stepped.items())
 
 
-def _widened(tensors: Mapping[str, WholeTensor]) -> dict[str, WholeTensor]:
+def _widened(tensors: Mapping[str, ForeignTensor]) -> dict[str, ForeignTensor]:
     """Return the tensors with those of 16 bits in float32, as the rest of the model is; no value changes."""
 
-    def widened(tensor: WholeTensor) -> WholeTensor:
+    def widened(tensor: ForeignTensor) -> ForeignTensor:
         def read() -> torch.Tensor:
             return tensor.read().float()
 
-        return WholeTensor(shape=tensor.shape, dtype=torch.float32, read=read)
+        return ForeignTensor(shape=tensor.shape, dtype=torch.float32, read=read)
 
     narrow = (torch.bfloat16, torch.float16)
     return {name: widened(tensor) if tensor.dtype in narrow else tensor for name, tensor in tensors.items()}
 
 
-def _value(parts: FlatParts, name: str, directory: Path) -> WholeTensor:
+def _value(parts: FlatParts, name: str, directory: Path) -> ForeignTensor:
     pieces = [parts.values[place.rank][place.group].narrow(0, place.start, place.size) for place in parts.places[name]]
     return joined(pieces, parts.shapes[name], source=f"{directory}: {name}")
 
 
-def _frozen(files: RankFiles, directory: Path) -> dict[str, WholeTensor]:
+def _frozen(files: RankFiles, directory: Path) -> dict[str, ForeignTensor]:
     """Return what is not stepped, of which stage 3 keeps a part on each rank."""
     shapes = cast("Mapping[str, torch.Size]", files.models[0].get("frozen_param_shapes") or {})
     kept = [cast("Mapping[str, torch.Tensor]", each.get("frozen_param_fragments")) for each in files.models]
-    frozen: dict[str, WholeTensor] = {}
+    frozen: dict[str, ForeignTensor] = {}
     for name, shape in shapes.items():
         sizes = [own_size(shape.numel(), rank=rank, num_ranks=len(kept)) for rank in range(len(kept))]
         pieces = [each[name].reshape(-1).narrow(0, 0, size) for each, size in zip(kept, sizes, strict=True)]
@@ -121,14 +128,14 @@ def _frozen(files: RankFiles, directory: Path) -> dict[str, WholeTensor]:
     return frozen
 
 
-def _flat_optimizer(parts: FlatParts, directory: Path) -> OptimizerState:
-    parameters: dict[str, ParameterState] = {}
+def _flat_optimizer(parts: FlatParts, directory: Path) -> ForeignOptimizer:
+    parameters: dict[str, ForeignParameter] = {}
     for options, names in parts.groups:
         for name in names:
             of_first = parts.states[0].get(parts.places[name][0].group)
             if of_first is not None:
                 state = {key: _moment(parts, name, key, value, directory) for key, value in of_first.items()}
-                parameters[name] = parameter_state(state, options)
+                parameters[name] = foreign_parameter(state, options)
     return foreign_optimizer(parts.groups, parameters)
 
 
@@ -148,21 +155,21 @@ def _names_of_groups(kept: _State) -> list[Sequence[str]]:
 
 def _numbered_optimizer(
     kept: _State, names: Sequence[Sequence[str]], module: Mapping[str, torch.Tensor]
-) -> OptimizerState | None:
+) -> ForeignOptimizer | None:
     """Return an optimizer that numbers its parameters, by these names; None where they cannot be those."""
     groups = cast("Sequence[_State]", kept.get("param_groups") or ())
     numbers = [cast("list[int]", group["params"]) for group in groups]
     if not groups or [len(of) for of in numbers] != [len(of) for of in names]:
         return None
     states = cast("Mapping[int, Mapping[str, object]]", kept["state"])
-    parameters: dict[str, ParameterState] = {}
+    parameters: dict[str, ForeignParameter] = {}
     for group, of, by in zip(groups, numbers, names, strict=True):
         for number, name in zip(of, by, strict=True):
             state = states.get(number, {})
             if not _fits(state, module[name]):
                 return None
             if state:
-                parameters[name] = parameter_state({key: _whole(value) for key, value in state.items()}, group)
+                parameters[name] = foreign_parameter({key: _whole(value) for key, value in state.items()}, group)
     return foreign_optimizer([*zip(groups, names, strict=True)], parameters)
 
 
@@ -172,4 +179,4 @@ def _fits(state: Mapping[str, object], parameter: torch.Tensor) -> bool:
 
 
 def _whole(value: object) -> object:
-    return whole_tensor(value) if isinstance(value, torch.Tensor) and value.dim() else value
+    return in_memory(value) if isinstance(value, torch.Tensor) and value.dim() else value

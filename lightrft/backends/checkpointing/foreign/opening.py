@@ -7,11 +7,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import cast
 
+from lightrft.backends.checkpointing.access import WholeTensor
 from lightrft.backends.checkpointing.durable import disk_errors
 from lightrft.backends.checkpointing.foreign.dcp_parts import read_dcp
 from lightrft.backends.checkpointing.foreign.deepspeed import read_deepspeed
 from lightrft.backends.checkpointing.foreign.deepspeed_files import find_deepspeed
-from lightrft.backends.checkpointing.foreign.record import ForeignModel
+from lightrft.backends.checkpointing.foreign.record import ForeignModel, ForeignTensor
 from lightrft.backends.checkpointing.foreign.torch_dcp import METADATA
 from lightrft.backends.checkpointing.layout import MANIFEST
 from lightrft.backends.checkpointing.weight_files import INDEX, open_weights
@@ -72,10 +73,15 @@ def _open(directory: Path, name: str, files: ExitStack) -> ForeignModel:
         return read_deepspeed(of_deepspeed)
     if (directory / INDEX).is_file() or (directory / _WEIGHTS).is_file():
         weights = files.enter_context(open_weights(directory))
-        return ForeignModel(kind="huggingface", tensors=weights, notes=["missing: the optimizer."])
+        tensors = {name: _foreign(tensor) for name, tensor in weights.items()}
+        return ForeignModel(kind="huggingface", tensors=tensors, notes=["missing: the optimizer."])
     for file, words in _REFUSED.items():
         if (directory / file).exists():
             raise ConfigError(f"SOURCE={str(directory)!r} {words}.")
     raise ConfigError(
         f"SOURCE={str(directory)!r} is no checkpoint that is known (it holds no {_LOOKED_FOR}); name another directory."
     )
+
+
+def _foreign(tensor: WholeTensor) -> ForeignTensor:
+    return ForeignTensor(shape=tensor.shape, dtype=tensor.dtype, read=tensor.read)

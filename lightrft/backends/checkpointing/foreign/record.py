@@ -2,22 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import attrs
 import torch
 
-from lightrft.backends.checkpointing.access import OptimizerState, ParameterGroup, ParameterState, WholeTensor
-from lightrft.backends.checkpointing.tensor_files import whole_tensor
-from lightrft.errors import CheckpointError, UnsupportedError
+from lightrft.errors import CheckpointError
 
-__all__ = ["ForeignModel", "foreign_optimizer", "joined", "parameter_state"]
+__all__ = [
+    "ForeignGroup",
+    "ForeignModel",
+    "ForeignOptimizer",
+    "ForeignParameter",
+    "ForeignTensor",
+    "ReadForeign",
+    "foreign_optimizer",
+    "foreign_parameter",
+    "in_memory",
+    "joined",
+]
 
 # what options say of how an optimizer computes, or what a program notes beside them; a live optimizer has its own
 _BESIDES = frozenset(
     {"params", "param_names", "name", "step", "initial_lr", "bias_correction", "set_grad_none"}
     | {"foreach", "fused", "capturable", "differentiable"}
 )
+
+
+class ReadForeign(Protocol):
+    """Reads a tensor."""
+
+    def __call__(self) -> torch.Tensor:
+        """Return the whole tensor, on the CPU; nobody writes to it, and it is not kept.
+
+        Raises:
+            CheckpointError: the file is damaged or holds more than data.
+        """
+        ...
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class ForeignTensor:
+    """A tensor as it lies in the files of another program.
+
+    Attributes:
+        shape: of the whole tensor.
+        dtype: of its elements.
+        read: puts it together.
+    """
+
+    shape: Sequence[int]
+    dtype: torch.dtype
+    read: ReadForeign
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class ForeignGroup:
+    """One parameter group of an optimizer.
+
+    Attributes:
+        options: its hyperparameters.
+        parameters: names of its parameters.
+    """
+
+    options: Mapping[str, object]
+    parameters: Sequence[str]
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class ForeignParameter:
+    """What an optimizer kept of one parameter.
+
+    Attributes:
+        tensors: by the optimizer's keys.
+        values: what is no tensor, by its key.
+    """
+
+    tensors: Mapping[str, ForeignTensor]
+    values: Mapping[str, object]
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class ForeignOptimizer:
+    """What an optimizer kept.
+
+    Attributes:
+        groups: its parameter groups, in its order.
+        parameters: state by the names of the parameters; one without state is not there.
+    """
+
+    groups: Sequence[ForeignGroup]
+    parameters: Mapping[str, ForeignParameter]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -34,35 +110,32 @@ class ForeignModel:
     """
 
     kind: str
-    tensors: Mapping[str, WholeTensor]
+    tensors: Mapping[str, ForeignTensor]
     aliases: Mapping[str, str] = attrs.field(factory=dict[str, str])
-    optimizer: OptimizerState | None = None
+    optimizer: ForeignOptimizer | None = None
     step: int | None = None
     notes: Sequence[str] = ()
 
 
 def foreign_optimizer(
-    groups: Sequence[tuple[Mapping[str, object], Sequence[str]]], parameters: Mapping[str, ParameterState]
-) -> OptimizerState:
-    """Return what an optimizer kept, in the terms in which a checkpoint is written.
+    groups: Sequence[tuple[Mapping[str, object], Sequence[str]]], parameters: Mapping[str, ForeignParameter]
+) -> ForeignOptimizer:
+    """Return what an optimizer kept, of its options those that count.
 
     Args:
         groups: options and names of the parameters of each group.
         parameters: state by the names of the parameters.
     """
-    counting = [
-        ParameterGroup(options={key: options[key] for key in options if key not in _BESIDES}, parameters=names)
-        for options, names in groups
-    ]
-    return OptimizerState(
-        defaults={key for group in counting for key in group.options},
-        groups=counting,
+    return ForeignOptimizer(
+        groups=[
+            ForeignGroup(options={key: options[key] for key in options if key not in _BESIDES}, parameters=names)
+            for options, names in groups
+        ],
         parameters=parameters,
-        plan_parameter=_refuse,
     )
 
 
-def parameter_state(state: Mapping[str, WholeTensor | object], options: Mapping[str, object]) -> ParameterState:
+def foreign_parameter(state: Mapping[str, object], options: Mapping[str, object]) -> ForeignParameter:
     """Return what was kept of one parameter; a count of steps becomes the tensor that torch's optimizers have.
 
     Args:
@@ -70,16 +143,29 @@ def parameter_state(state: Mapping[str, WholeTensor | object], options: Mapping[
         options: of its group, where some optimizers count their steps.
     """
     count = state.get("step", options.get("step"))
-    tensors = {key: value for key, value in state.items() if isinstance(value, WholeTensor)}
+    tensors = {key: value for key, value in state.items() if isinstance(value, ForeignTensor)}
     if isinstance(count, int | float):
         count = torch.tensor(float(count))
     if isinstance(count, torch.Tensor):
-        tensors["step"] = whole_tensor(count.detach().clone())
+        tensors["step"] = in_memory(count.detach().clone())
     values = {key: value for key, value in state.items() if key not in tensors}
-    return ParameterState(tensors=tensors, values=values)
+    return ForeignParameter(tensors=tensors, values=values)
 
 
-def joined(pieces: Sequence[torch.Tensor], shape: Sequence[int], *, source: str) -> WholeTensor:
+def in_memory(tensor: torch.Tensor) -> ForeignTensor:
+    """Return a tensor that needs no reading.
+
+    Args:
+        tensor: whole.
+    """
+
+    def read() -> torch.Tensor:
+        return tensor
+
+    return ForeignTensor(shape=tensor.shape, dtype=tensor.dtype, read=read)
+
+
+def joined(pieces: Sequence[torch.Tensor], shape: Sequence[int], *, source: str) -> ForeignTensor:
     """Return a tensor whose elements lie in one-dimensional pieces, in order; they are put together when it is read.
 
     Args:
@@ -101,11 +187,4 @@ def joined(pieces: Sequence[torch.Tensor], shape: Sequence[int], *, source: str)
     def read() -> torch.Tensor:
         return torch.cat(list(pieces)).reshape(size)
 
-    return WholeTensor(shape=size, dtype=dtypes.pop(), read=read)
-
-
-def _refuse(
-    name: str, saved: Mapping[str, object] | None, *, options: Mapping[str, object], source: str
-) -> Callable[[], None]:
-    del saved, options, source
-    raise UnsupportedError(f"{name} is in a checkpoint of another program, which is only read; load into a live model.")
+    return ForeignTensor(shape=size, dtype=dtypes.pop(), read=read)

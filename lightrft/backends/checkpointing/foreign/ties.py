@@ -8,8 +8,7 @@ import attrs
 import torch
 from torch import nn
 
-from lightrft.backends.checkpointing.access import OptimizerState, ParameterGroup, WholeTensor
-from lightrft.backends.checkpointing.foreign.record import ForeignModel
+from lightrft.backends.checkpointing.foreign.record import ForeignGroup, ForeignModel, ForeignOptimizer, ForeignTensor
 from lightrft.backends.checkpointing.named import difference
 from lightrft.errors import CheckpointError
 
@@ -29,7 +28,7 @@ def tied_like(found: ForeignModel, model: nn.Module) -> ForeignModel:
     live: Mapping[str, torch.Tensor] = model.state_dict(keep_vars=True)
     firsts: dict[int, str] = {}
     first_of = {name: firsts.setdefault(id(tensor), name) for name, tensor in live.items()}
-    tensors: dict[str, WholeTensor] = {}
+    tensors: dict[str, ForeignTensor] = {}
     for name, tensor in found.tensors.items():
         first = first_of.get(name, name)
         if first in tensors and not torch.equal(tensors[first].read(), tensor.read()):
@@ -46,13 +45,13 @@ def tied_like(found: ForeignModel, model: nn.Module) -> ForeignModel:
     )
 
 
-def _shapes(tensors: Mapping[str, WholeTensor] | Mapping[str, torch.Tensor]) -> dict[str, str]:
+def _shapes(tensors: Mapping[str, ForeignTensor] | Mapping[str, torch.Tensor]) -> dict[str, str]:
     return {name: str(list(tensor.shape)) for name, tensor in tensors.items()}
 
 
-def _renamed(optimizer: OptimizerState, first_of: Mapping[str, str]) -> OptimizerState:
+def _renamed(optimizer: ForeignOptimizer, first_of: Mapping[str, str]) -> ForeignOptimizer:
     groups = [
-        ParameterGroup(
+        ForeignGroup(
             options=group.options, parameters=[*dict.fromkeys(first_of.get(name, name) for name in group.parameters)]
         )
         for group in optimizer.groups

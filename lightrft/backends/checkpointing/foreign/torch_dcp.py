@@ -13,8 +13,8 @@ from typing import TypeAlias, cast
 import attrs
 import torch
 
-from lightrft.backends.checkpointing.access import WholeTensor
 from lightrft.backends.checkpointing.foreign.opcodes import to_protocol_2
+from lightrft.backends.checkpointing.foreign.record import ForeignTensor
 from lightrft.backends.checkpointing.foreign.restricted import as_torch_file, is_stand_in, read_restricted, state_of
 from lightrft.errors import CheckpointError
 
@@ -47,7 +47,7 @@ class Leaves:
         values: functions that read what is no tensor.
     """
 
-    tensors: Mapping[KeyPath, WholeTensor]
+    tensors: Mapping[KeyPath, ForeignTensor]
     values: Mapping[KeyPath, Callable[[], object]]
 
 
@@ -86,7 +86,7 @@ def read_leaves(directory: Path) -> Leaves:
     described = cast("dict[str, object]", metadata["state_dict_metadata"])
     paths = cast("dict[str, KeyPath]", metadata.get("planner_data") or {})
     places = _places(directory, cast("dict[object, object]", metadata["storage_data"]))
-    tensors: dict[KeyPath, WholeTensor] = {}
+    tensors: dict[KeyPath, ForeignTensor] = {}
     values: dict[KeyPath, Callable[[], object]] = {}
     for name, kind in described.items():
         where = tuple(paths.get(name, (name,)))
@@ -136,7 +136,7 @@ def _size(directory: Path, file: str) -> int:
     return (directory / file).stat().st_size
 
 
-def _tensor(name: str, described: Mapping[str, object], places: _Places, directory: Path) -> WholeTensor:
+def _tensor(name: str, described: Mapping[str, object], places: _Places, directory: Path) -> ForeignTensor:
     shape = torch.Size(cast("torch.Size", described["size"]))
     dtype = cast("tuple[torch.dtype, ...]", state_of(described["properties"], _PROPERTIES))[0]
     if not isinstance(cast("object", dtype), torch.dtype):
@@ -153,7 +153,7 @@ def _tensor(name: str, described: Mapping[str, object], places: _Places, directo
     def read() -> torch.Tensor:
         return _read_tensor(shape, dtype, chunks, source)
 
-    return WholeTensor(shape=shape, dtype=dtype, read=read)
+    return ForeignTensor(shape=shape, dtype=dtype, read=read)
 
 
 def _require_sizes(shape: torch.Size, dtype: torch.dtype, chunks: list[_Chunk], source: str) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from lightrft.backends.checkpointing.access import WholeTensor
+from lightrft.backends.checkpointing.access import OptimizerState, ParameterGroup, ParameterState, WholeTensor
 from lightrft.backends.checkpointing.durable import (
     FileRecord,
     commit,
@@ -16,7 +16,7 @@ from lightrft.backends.checkpointing.durable import (
     staging,
     write_file,
 )
-from lightrft.backends.checkpointing.foreign.record import ForeignModel
+from lightrft.backends.checkpointing.foreign.record import ForeignModel, ForeignOptimizer, ForeignTensor
 from lightrft.backends.checkpointing.layout import (
     CLIENT_STATE,
     MANIFEST,
@@ -31,7 +31,7 @@ from lightrft.backends.checkpointing.lossless import dumps
 from lightrft.backends.checkpointing.manifest import Manifest, OnRead, render_manifest
 from lightrft.backends.checkpointing.state import optimizer_record, optimizer_tensors
 from lightrft.backends.checkpointing.tensor_files import safetensors_chunks
-from lightrft.errors import CheckpointError
+from lightrft.errors import CheckpointError, UnsupportedError
 from lightrft.strategy.protocols.checkpointing import Json
 
 __all__ = ["require_free", "tables_of", "write_imported"]
@@ -64,9 +64,10 @@ def tables_of(found: ForeignModel, *, name: str) -> dict[str, Mapping[str, Whole
         ConfigError: the name is none, or the optimizer holds what cannot be written.
     """
     require_entry_names([name])
-    tables: dict[str, Mapping[str, WholeTensor]] = {model_file(name): found.tensors}
+    tensors = {key: _as_if_live(tensor) for key, tensor in found.tensors.items()}
+    tables: dict[str, Mapping[str, WholeTensor]] = {model_file(name): tensors}
     if found.optimizer is not None:
-        tables[optimizer_file(name)] = optimizer_tensors(found.optimizer, name)
+        tables[optimizer_file(name)] = optimizer_tensors(_state_of(found.optimizer), name)
     return tables
 
 
@@ -91,7 +92,7 @@ def write_imported(
     target = require_free(directory, step)
     record: dict[str, Json] = {
         "aliases": dict(found.aliases),
-        "optimizer": None if found.optimizer is None else optimizer_record(found.optimizer, name),
+        "optimizer": None if found.optimizer is None else optimizer_record(_state_of(found.optimizer), name),
         "scheduler": None,
     }
     with disk_errors("TARGET", directory, advice="free space or choose another; what was there is as it was"):
@@ -115,3 +116,28 @@ def _counted(chunks: Iterator[memoryview | bytes], on_write: OnRead | None) -> I
         yield chunk
         if on_write is not None:
             on_write(len(chunk))
+
+
+def _as_if_live(tensor: ForeignTensor) -> WholeTensor:
+    return WholeTensor(shape=tensor.shape, dtype=tensor.dtype, read=tensor.read)
+
+
+def _state_of(optimizer: ForeignOptimizer) -> OptimizerState:
+    return OptimizerState(
+        defaults={key for group in optimizer.groups for key in group.options},
+        groups=[ParameterGroup(options={**group.options}, parameters=group.parameters) for group in optimizer.groups],
+        parameters={
+            name: ParameterState(
+                tensors={key: _as_if_live(tensor) for key, tensor in state.tensors.items()}, values=state.values
+            )
+            for name, state in optimizer.parameters.items()
+        },
+        plan_parameter=_refuse,
+    )
+
+
+def _refuse(
+    name: str, saved: Mapping[str, object] | None, *, options: Mapping[str, object], source: str
+) -> Callable[[], None]:
+    del saved, options, source
+    raise UnsupportedError(f"{name} is in a checkpoint of another program, which is only read; load into a live model.")
