@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -55,11 +56,19 @@ def strategy() -> Strategy:
 
 
 @pytest.fixture
-def gate() -> Iterator[threading.Event]:
-    """Closed; it opens when the test ends, so that nothing waits for ever."""
-    event = threading.Event()
-    yield event
-    event.set()
+def gate() -> threading.Event:
+    """Closed."""
+    return threading.Event()
+
+
+@contextmanager
+def opening(strategy: Strategy, gate: threading.Event) -> Iterator[BackgroundSaves]:
+    """Saves in the background, and a gate that is open before they are waited for, also in a test that fails."""
+    with background_saves(strategy) as background:
+        try:
+            yield background
+        finally:
+            gate.set()
 
 
 def made(strategy: Strategy, model: nn.Module | None = None) -> Trainable:
@@ -92,7 +101,7 @@ def test_the_call_returns_before_anything_is_made(
     tmp_path: Path, strategy: Strategy, programs: ModuleType, gate: threading.Event
 ) -> None:
     """The path of the checkpoint is known at once, and nothing is on the disk before the state is copied."""
-    with background_saves(strategy) as background:
+    with opening(strategy, gate) as background:
         path = strategy.save_ckpt(nn.Linear(2, 1), tmp_path / "a" / "b", background=programs.held(background, gate))
         assert path == tmp_path / "a" / "b" / "step-00000001"
         assert list(tmp_path.iterdir()) == []
@@ -109,7 +118,7 @@ def test_an_optimizer_of_the_user_waits_too(
     learn(strategy, trainable)
     learn(strategy, trainable)
     before = bits(trainable.model)
-    with background_saves(strategy) as background:
+    with opening(strategy, gate) as background:
         strategy.save_ckpt(trainable, tmp_path, background=programs.held(background, gate))
         trainable.model(torch.ones(1, 3)).sum().backward()
         timer = opened(gate)
@@ -129,7 +138,7 @@ def test_what_a_pass_changes_is_copied_at_once(
     gradient = trainable.model.get_parameter("linear.weight").grad
     assert gradient is not None
     before, gradient = bits(trainable.model), gradient.clone()
-    with background_saves(strategy) as background:
+    with opening(strategy, gate) as background:
         strategy.save_ckpt(trainable, tmp_path, background=programs.held(background, gate))
         strategy.backward(trainable.model(torch.ones(1, 3)).sum(), trainable.model, trainable.optimizer)
         gate.set()
@@ -146,7 +155,7 @@ def test_a_change_behind_its_back_is_noticed(
 ) -> None:
     """A tensor that somebody writes to while it is copied fails the save, and is named; the one before stays."""
     model = nn.Linear(2, 1)
-    with background_saves(strategy) as background:
+    with opening(strategy, gate) as background:
         strategy.save_ckpt(model, tmp_path, background=background)
         strategy.save_ckpt(model, tmp_path, background=programs.held(background, gate))
         with torch.no_grad():
@@ -162,7 +171,7 @@ def test_copies_of_a_handle_wait_for_nothing(
 ) -> None:
     """A model and an optimizer may be copied and pickled while they are saved; copies may be changed at once."""
     trainable = made(strategy)
-    with background_saves(strategy) as background:
+    with opening(strategy, gate) as background:
         strategy.save_ckpt(trainable, tmp_path, background=programs.held(background, gate))
         for copied in (*copy.deepcopy(tuple(trainable)), pickle.loads(pickle.dumps(trainable.model))):  # noqa: S301 (our own)
             if copied is not None:
@@ -237,7 +246,7 @@ def test_a_relative_directory_is_that_of_the_call(
     """A process that goes elsewhere while it is saved finds the checkpoint where it was at the call."""
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
-    with background_saves(strategy) as background:
+    with opening(strategy, gate) as background:
         path = strategy.save_ckpt(nn.Linear(2, 1), "run", background=programs.held(background, gate))
         monkeypatch.chdir(tmp_path / "elsewhere")
         gate.set()
@@ -299,7 +308,7 @@ def test_saves_of_two_models_do_not_hold_one_another_up(
     """A model that is not saved is stepped while another one is copied."""
     saved, other = made(strategy), made(strategy)
     before = bits(other.model)
-    with background_saves(strategy) as background:
+    with opening(strategy, gate) as background:
         strategy.save_ckpt(saved, tmp_path, background=programs.held(background, gate))
         learn(strategy, other)
         learn(strategy, other)
