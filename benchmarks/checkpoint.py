@@ -281,7 +281,6 @@ def load_rows(state: State, params: int, folder: Path, rounds: int) -> list[Row]
 def background_rows(state: State, params: int, folder: Path, rounds: int) -> list[Row]:
     """Measure how long a save in the background keeps the caller, and the step after it."""
     from lightrft.backends.copying import await_copy
-
     from lightrft.strategy import background_saves
 
     tensors = [tensor.detach() for tensor in tensors_of(state)]

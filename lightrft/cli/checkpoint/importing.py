@@ -17,7 +17,7 @@ from lightrft.strategy.protocols.checkpointing import Json
 if TYPE_CHECKING:
     from torch import nn
 
-    from lightrft.backends.checkpointing.access import WholeTensor
+    from lightrft.backends.checkpointing.access import LiveTensor
     from lightrft.backends.checkpointing.foreign.record import ForeignModel
 
 __all__ = ["import_checkpoint"]
@@ -105,5 +105,5 @@ def _described(path: str) -> nn.Module:
         return build_untrained_model(path)
 
 
-def _counts(table: Mapping[str, WholeTensor]) -> dict[str, Json]:
+def _counts(table: Mapping[str, LiveTensor]) -> dict[str, Json]:
     return {"num_tensors": len(table), "num_elements": sum(prod(tensor.shape) for tensor in table.values())}

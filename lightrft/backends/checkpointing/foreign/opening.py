@@ -7,7 +7,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import cast
 
-from lightrft.backends.checkpointing.access import WholeTensor
+import torch
+
+from lightrft.backends.checkpointing.access import StoredTensor
 from lightrft.backends.checkpointing.durable import disk_errors
 from lightrft.backends.checkpointing.foreign.dcp_parts import read_dcp
 from lightrft.backends.checkpointing.foreign.deepspeed import read_deepspeed
@@ -15,6 +17,7 @@ from lightrft.backends.checkpointing.foreign.deepspeed_files import find_deepspe
 from lightrft.backends.checkpointing.foreign.record import ForeignModel, ForeignTensor
 from lightrft.backends.checkpointing.foreign.torch_dcp import METADATA
 from lightrft.backends.checkpointing.layout import MANIFEST
+from lightrft.backends.checkpointing.stored import read_stored
 from lightrft.backends.checkpointing.weight_files import INDEX, open_weights
 from lightrft.errors import CheckpointError, ConfigError, LightRFTError
 
@@ -83,5 +86,8 @@ def _open(directory: Path, name: str, files: ExitStack) -> ForeignModel:
     )
 
 
-def _foreign(tensor: WholeTensor) -> ForeignTensor:
-    return ForeignTensor(shape=tensor.shape, dtype=tensor.dtype, read=tensor.read)
+def _foreign(tensor: StoredTensor) -> ForeignTensor:
+    def read() -> torch.Tensor:
+        return read_stored(tensor)
+
+    return ForeignTensor(shape=tensor.shape, dtype=tensor.dtype, read=read)

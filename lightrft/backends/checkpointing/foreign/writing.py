@@ -6,7 +6,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from lightrft.backends.checkpointing.access import OptimizerState, ParameterGroup, ParameterState, WholeTensor
+import torch
+
+from lightrft.backends.checkpointing.access import LiveTensor, OptimizerState, ParameterGroup, ParameterState, Part
 from lightrft.backends.checkpointing.durable import (
     FileRecord,
     commit,
@@ -30,7 +32,8 @@ from lightrft.backends.checkpointing.layout import (
 from lightrft.backends.checkpointing.lossless import dumps
 from lightrft.backends.checkpointing.manifest import Manifest, OnRead, render_manifest
 from lightrft.backends.checkpointing.state import optimizer_record, optimizer_tensors
-from lightrft.backends.checkpointing.tensor_files import safetensors_chunks
+from lightrft.backends.checkpointing.tensor_files import bytes_of, safetensors_chunks, writing_order
+from lightrft.backends.checkpointing.turns import checked_part
 from lightrft.errors import CheckpointError, UnsupportedError
 from lightrft.strategy.protocols.checkpointing import Json
 
@@ -53,7 +56,7 @@ def require_free(directory: Path, step: int) -> Path:
     return target
 
 
-def tables_of(found: ForeignModel, *, name: str) -> dict[str, Mapping[str, WholeTensor]]:
+def tables_of(found: ForeignModel, *, name: str) -> dict[str, Mapping[str, LiveTensor]]:
     """Return the tensors by the files that they will stand in.
 
     Args:
@@ -65,7 +68,7 @@ def tables_of(found: ForeignModel, *, name: str) -> dict[str, Mapping[str, Whole
     """
     require_entry_names([name])
     tensors = {key: _as_if_live(tensor) for key, tensor in found.tensors.items()}
-    tables: dict[str, Mapping[str, WholeTensor]] = {model_file(name): tensors}
+    tables: dict[str, Mapping[str, LiveTensor]] = {model_file(name): tensors}
     if found.optimizer is not None:
         tables[optimizer_file(name)] = optimizer_tensors(_state_of(found.optimizer), name)
     return tables
@@ -103,12 +106,18 @@ def write_imported(
             for file, value in {CLIENT_STATE: {}, state_file(name): record}.items():
                 records[file] = write_file(content / file, [dumps(value)])
             for file, table in tables_of(found, name=name).items():
-                records[file] = write_file(content / file, _counted(safetensors_chunks(table), on_write))
+                chunks = safetensors_chunks(table, _pieces(table))
+                records[file] = write_file(content / file, _counted(chunks, on_write))
             # no rank of ours wrote it: each keeps the random streams that it was set up with
             manifest = Manifest(step=step, world_size=0, files=records)
             write_file(content / MANIFEST, [render_manifest(manifest)])
             commit(content, target)
     return target
+
+
+def _pieces(table: Mapping[str, LiveTensor]) -> Iterator[torch.Tensor]:
+    for name in writing_order(table):
+        yield bytes_of(checked_part(name, table[name]).values)
 
 
 def _counted(chunks: Iterator[memoryview | bytes], on_write: OnRead | None) -> Iterator[memoryview | bytes]:
@@ -118,8 +127,11 @@ def _counted(chunks: Iterator[memoryview | bytes], on_write: OnRead | None) -> I
             on_write(len(chunk))
 
 
-def _as_if_live(tensor: ForeignTensor) -> WholeTensor:
-    return WholeTensor(shape=tensor.shape, dtype=tensor.dtype, read=tensor.read)
+def _as_if_live(tensor: ForeignTensor) -> LiveTensor:
+    def part() -> Part:
+        return Part(values=tensor.read(), start=0)
+
+    return LiveTensor(shape=tensor.shape, dtype=tensor.dtype, part=part, is_whole=True)
 
 
 def _state_of(optimizer: ForeignOptimizer) -> OptimizerState:
