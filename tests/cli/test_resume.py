@@ -69,6 +69,20 @@ def test_a_run_that_is_asked_to_stop_goes_on_bit_for_bit(
     assert _logged(workplace / "run") == undisturbed
 
 
+def test_a_run_whose_save_in_the_background_failed_says_so(launch: Launch, workplace: Path) -> None:
+    """A file that cannot be written while steps go on ends the run in one line, with an exit code of its own."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, resource.RLIM_INFINITY))\n"
+    source = (workplace / "rewards.py").read_text()
+    (workplace / "rewards.py").write_text(
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" + limit + source
+    )
+    ended = launch("train", "run.toml", "checkpoint.save_in_background=true", "--quiet", cwd=workplace)
+    assert ended.code == 1
+    assert "in the background: save_dir=" in ended.err, ended
+    assert "File too large" in ended.err
+    assert not list((workplace / "run" / "checkpoints").iterdir())
+
+
 def test_a_signal_during_a_step_ends_after_it(cli: Cli, workplace: Path) -> None:
     """One SIGTERM in the middle of a rollout: exit code 75 after that step, and the handlers are as before."""
     before = signal.getsignal(signal.SIGTERM)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from pathlib import Path
 from typing import assert_type
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightrft.strategy import Strategy, Trainable, get_strategy
+from lightrft.strategy import BackgroundSaves, Strategy, Trainable, background_saves, get_strategy
 
 
 def train(
@@ -43,6 +44,10 @@ def train(
         assert_type(result.grad_norm, float | None)
 
     path = strategy.save_ckpt(actor, "checkpoints", client_state={"epoch": 1, "best": None})
+    with background_saves(strategy) as background:
+        assert_type(background, BackgroundSaves)
+        assert_type(strategy.save_ckpt(actor, "checkpoints", background=background), Path)
+        background.wait()
     loaded = strategy.load_ckpt(actor, "checkpoints")
     strategy.print(path.name, loaded.step)
 
