@@ -33,7 +33,6 @@ from lightrft.backends.checkpointing.lossless import dumps
 from lightrft.backends.checkpointing.manifest import Manifest, OnRead, render_manifest
 from lightrft.backends.checkpointing.state import optimizer_record, optimizer_tensors
 from lightrft.backends.checkpointing.tensor_files import bytes_of, safetensors_chunks, writing_order
-from lightrft.backends.checkpointing.turns import checked_part
 from lightrft.errors import CheckpointError, UnsupportedError
 from lightrft.strategy.protocols.checkpointing import Json
 
@@ -106,18 +105,14 @@ def write_imported(
             for file, value in {CLIENT_STATE: {}, state_file(name): record}.items():
                 records[file] = write_file(content / file, [dumps(value)])
             for file, table in tables_of(found, name=name).items():
-                chunks = safetensors_chunks(table, _pieces(table))
-                records[file] = write_file(content / file, _counted(chunks, on_write))
+                records[file] = write_file(
+                    content / file, _counted(safetensors_chunks(table, _pieces(table)), on_write)
+                )
             # no rank of ours wrote it: each keeps the random streams that it was set up with
             manifest = Manifest(step=step, world_size=0, files=records)
             write_file(content / MANIFEST, [render_manifest(manifest)])
             commit(content, target)
     return target
-
-
-def _pieces(table: Mapping[str, LiveTensor]) -> Iterator[torch.Tensor]:
-    for name in writing_order(table):
-        yield bytes_of(checked_part(name, table[name]).values)
 
 
 def _counted(chunks: Iterator[memoryview | bytes], on_write: OnRead | None) -> Iterator[memoryview | bytes]:
@@ -132,6 +127,11 @@ def _as_if_live(tensor: ForeignTensor) -> LiveTensor:
         return Part(values=tensor.read(), start=0)
 
     return LiveTensor(shape=tensor.shape, dtype=tensor.dtype, part=part, is_whole=True)
+
+
+def _pieces(tensors: Mapping[str, LiveTensor]) -> Iterator[torch.Tensor]:
+    for name in writing_order(tensors):
+        yield bytes_of(tensors[name].part().values)
 
 
 def _state_of(optimizer: ForeignOptimizer) -> OptimizerState:
