@@ -231,6 +231,12 @@ def with_number_for_name() -> None:
     torch.save(module, "source/mp_rank_00_model_states.pt")
 
 
+def sparse() -> None:
+    nothing()
+    module = {"w": torch.ones(2).to_sparse()}
+    torch.save({"dp_world_size": 1, "module": module, "global_steps": 1}, "source/mp_rank_00_model_states.pt")
+
+
 def split_by_tensors() -> None:
     nothing()
     for rank in range(2):
@@ -280,6 +286,7 @@ def of_another_form() -> None:
         (with_huge_shape, [], 1, "source: model.w has not the elements of its shape"),
         (with_reserved_name, [], 1, "source has a tensor of the name '__metadata__'"),
         (with_number_for_name, [], 1, "source has a tensor of the name 3"),
+        (sparse, [], 2, "source: w is sparse or quantized"),
         (split_by_tensors, [], 2, "source/mp_rank_01_model_states.pt is of a model that was split by tensors"),
         (without_model_file, [], 1, "source lacks mp_rank_00_model_states.pt"),
         (without_rank, [], 1, "source lacks a file of rank 0"),

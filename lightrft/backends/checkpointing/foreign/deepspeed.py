@@ -20,6 +20,7 @@ from lightrft.backends.checkpointing.foreign.record import (
     in_memory,
     joined,
 )
+from lightrft.backends.checkpointing.tensor_files import require_plain
 
 __all__ = ["read_deepspeed"]
 
@@ -44,7 +45,7 @@ def read_deepspeed(directory: Path) -> ForeignModel:
     """
     files = open_ranks(directory)
     first = files.models[0]
-    module = _module(files)
+    module = _module(files, directory)
     aliases = _aliases(first, module)
     tensors = {name: in_memory(tensor) for name, tensor in module.items() if name not in aliases}
     optimizer, notes = None, ["missing: the optimizer."]
@@ -72,12 +73,15 @@ def read_deepspeed(directory: Path) -> ForeignModel:
     )
 
 
-def _module(files: RankFiles) -> dict[str, torch.Tensor]:
+def _module(files: RankFiles, directory: Path) -> dict[str, torch.Tensor]:
     """Return what the module's own state holds: all, or in stage 3, whose parameters are elsewhere, its buffers."""
     first = files.models[0]
     module = cast("Mapping[str, object]", first["module"])
     names = cast("Collection[str]", first["buffer_names"]) if files.is_partitioned else module.keys()
-    return {name: cast("torch.Tensor", module[name]) for name in names}
+    tensors = {name: cast("torch.Tensor", module[name]) for name in names}
+    for name, tensor in tensors.items():
+        require_plain(tensor, f"{directory}: {name}")
+    return tensors
 
 
 def _aliases(first: _State, module: Mapping[str, torch.Tensor]) -> dict[str, str]:

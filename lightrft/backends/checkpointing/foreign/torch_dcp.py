@@ -16,6 +16,7 @@ import torch
 from lightrft.backends.checkpointing.foreign.opcodes import to_protocol_2
 from lightrft.backends.checkpointing.foreign.record import ForeignTensor
 from lightrft.backends.checkpointing.foreign.restricted import as_torch_file, is_stand_in, read_restricted, state_of
+from lightrft.backends.checkpointing.tensor_files import require_plain
 from lightrft.errors import CheckpointError
 
 __all__ = ["METADATA", "KeyPath", "Leaves", "read_leaves"]
@@ -171,6 +172,7 @@ def _read_tensor(shape: torch.Size, dtype: torch.dtype, chunks: list[_Chunk], so
         part = _read(chunk.place, source)
         if not isinstance(part, torch.Tensor) or part.dtype != dtype or part.shape != chunk.sizes:
             raise CheckpointError(f"{source} has a part that is not what {METADATA} says; copy the directory again.")
+        require_plain(part, source)
         where = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
         if whole[where].shape != part.shape:
             raise CheckpointError(f"{source} has a part outside of its shape {list(shape)}; copy the directory again.")
