@@ -6,12 +6,14 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from cli_runs import Cli
 from torch import nn
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightrft.errors import CheckpointError
@@ -213,12 +215,70 @@ def elsewhere() -> None:
     Path("source/latest").write_text("../..\n")
 
 
-def with_huge_shape() -> None:
-    save_dcp()
-    path = Path("source/.metadata")
-    metadata = pickle.loads(path.read_bytes())  # noqa: S301 (ours)
-    metadata.state_dict_metadata["model.w"].size = torch.Size([2**60])
-    path.write_bytes(pickle.dumps(metadata))
+def edited(change: Callable[[Any], None]) -> Callable[[], None]:
+    """A directory of DCP whose `.metadata` says something else."""
+
+    def make() -> None:
+        save_dcp()
+        path = Path("source/.metadata")
+        metadata = pickle.loads(path.read_bytes())  # noqa: S301 (ours)
+        change(metadata)
+        path.write_bytes(pickle.dumps(metadata))
+
+    make.__name__ = change.__name__
+    return make
+
+
+def tensor_of(metadata: Any) -> Any:
+    return metadata.state_dict_metadata["model.w"]
+
+
+def place_of(metadata: Any) -> Any:
+    return next(place for index, place in metadata.storage_data.items() if index.fqn == "model.w")
+
+
+def huge_shape(metadata: Any) -> None:
+    tensor_of(metadata).size = torch.Size([2**60])
+
+
+def huge_part(metadata: Any) -> None:
+    tensor_of(metadata).size = tensor_of(metadata).chunks[0].sizes = torch.Size([2**60])
+
+
+def parts_over_one_another(metadata: Any) -> None:
+    tensor_of(metadata).size = torch.Size([6])
+    tensor_of(metadata).chunks *= 2
+
+
+def part_outside(metadata: Any) -> None:
+    index = next(index for index in metadata.storage_data if index.fqn == "model.w")
+    place = metadata.storage_data.pop(index)
+    tensor_of(metadata).chunks[0].offsets = torch.Size([2])
+    metadata.storage_data[MetadataIndex("model.w", torch.Size([2]))] = place
+
+
+def other_dtype(metadata: Any) -> None:
+    tensor_of(metadata).properties.dtype = torch.int32
+
+
+def dtype_of_no_kind(metadata: Any) -> None:
+    tensor_of(metadata).properties.dtype = "float32"
+
+
+def file_outside(metadata: Any) -> None:
+    place_of(metadata).relative_path = "../secret"
+
+
+def place_before_the_file(metadata: Any) -> None:
+    place_of(metadata).offset = -5
+
+
+def extension(metadata: Any) -> None:
+    place_of(metadata).transform_descriptors = ["zstd"]
+
+
+def nowhere(metadata: Any) -> None:
+    metadata.storage_data.clear()
 
 
 def with_reserved_name() -> None:
@@ -283,7 +343,16 @@ def of_another_form() -> None:
         (two_models, [], 2, "--model='actor' is not in source, which holds a, b"),
         (no_model, [], 1, "source holds no tensors of a model"),
         (elsewhere, [], 1, "source/latest names '../..', which is no directory beside it"),
-        (with_huge_shape, [], 1, "source: model.w has not the elements of its shape"),
+        (edited(huge_shape), [], 1, "source: model.w has not the elements of its shape"),
+        (edited(huge_part), [], 1, "source: model.w has not the elements of its shape"),
+        (edited(parts_over_one_another), [], 1, "source: model.w lacks some of its elements"),
+        (edited(part_outside), [], 1, "source: model.w has a part outside of its shape [3]"),
+        (edited(other_dtype), [], 1, "source: model.w has a part that is not what .metadata says"),
+        (edited(dtype_of_no_kind), [], 1, "(TypeError(\"model.w has the dtype 'float32'\"))"),
+        (edited(file_outside), [], 1, "names the file '../secret' outside of its directory; do not trust its source"),
+        (edited(place_before_the_file), [], 1, "lies at -5"),
+        (edited(extension), [], 1, "was written through an extension"),
+        (edited(nowhere), [], 1, "source has not the form of a checkpoint that is known (KeyError("),
         (with_reserved_name, [], 1, "source has a tensor of the name '__metadata__'"),
         (with_number_for_name, [], 1, "source has a tensor of the name 3"),
         (sparse, [], 2, "source: w is sparse or quantized"),

@@ -59,7 +59,7 @@ _VERBS = MappingProxyType(
         ),
         "import": _Verb(
             words=("SOURCE", "DIR"),
-            summary="write another program's checkpoint as one of ours",
+            summary="write a checkpoint of Hugging Face, torch.distributed or DeepSpeed as one of ours",
             run=import_checkpoint,
             options=frozenset({"step", "model", "like", "dry_run"}),
         ),
