@@ -23,7 +23,7 @@ from lightrft.backends.checkpointing.live import build_live_access
 from lightrft.backends.checkpointing.sharded import stored_part
 from lightrft.backends.checkpointing.stored import open_tensors, read_stored
 from lightrft.backends.checkpointing.tensor_files import bytes_of, safetensors_chunks
-from lightrft.errors import CheckpointError
+from lightrft.errors import CheckpointError, UnsupportedError
 from lightrft.strategy.protocols.training import Trainable
 from lightrft.testing.subject import Rank
 
@@ -270,6 +270,17 @@ def parts_of_a_file(rank: Rank, job: Job) -> list[str]:
                 if not (torch.equal(read_stored(part), must) and torch.equal(half, rest)):
                     wrong.append(f"{shape} as {placements}")
     return wrong
+
+
+def save_columns(rank: Rank, job: Job) -> Seen:
+    """The error of saving a model whose parts are columns."""
+    functions, model = functions_of(rank), nn.Linear(4, 4, bias=False)
+    fully_shard(model, mesh=init_device_mesh("cpu", (rank.world_size,)), shard_placement_fn=lambda _: Shard(1))
+    try:
+        functions.save_ckpt(model, job.directory)
+    except UnsupportedError as error:
+        return Seen(tensors={}, error=str(error))
+    return Seen(tensors={})
 
 
 def export_llama(rank: Rank, job: Job) -> Seen:

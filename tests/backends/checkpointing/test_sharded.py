@@ -167,3 +167,11 @@ def test_a_sharded_model_is_exported_as_itself(
     assert same(load_file(out / "model.safetensors"), load_file(tmp_path / "plain" / "model.safetensors"))
     theirs = AutoModelForCausalLM.from_pretrained(out).state_dict()
     assert all(same(dict(one.tensors), dict(theirs)) for one in loaded)
+
+
+def test_columns_are_refused(tmp_path: Path, programs: ModuleType, ranks: Callable[[int], RunOnRanks]) -> None:
+    """Parts that are no runs of a tensor's elements are an error that names the tensor, and nothing is written."""
+    for seen in ranks(2)(programs.save_columns, programs.Job(directory=str(tmp_path / "run"), is_sharded=True)):
+        assert "model.weight is placed as" in seen.error
+        assert "shard it along dim 0" in seen.error
+    assert not (tmp_path / "run").exists()
