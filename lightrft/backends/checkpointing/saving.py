@@ -80,12 +80,15 @@ def build_save_ckpt(collectives: Collectives, access: StateAccess, *, strategy: 
         if background is None:
             return write_checkpoint(content, destination, collectives, world)
 
+        snapshots: list[Snapshot] = []
+
         def choose() -> dict[str, Json]:
+            snapshots.append(snapshot_of(content, world))
             return {"step": choose_step(destination)} if world.rank == 0 else {}
 
         chosen = int(str(together(collectives, choose)[0]["step"]))
-        snapshot, handles = snapshot_of(content, world), handles_of(entries, access.unwrap_model)
-        _begin(background, snapshot, attrs.evolve(destination, step=chosen), world, handles)
+        handles = handles_of(entries, access.unwrap_model)
+        _begin(background, snapshots[0], attrs.evolve(destination, step=chosen), world, handles)
         return checkpoint_path(destination.directory, chosen)
 
     return save_ckpt
