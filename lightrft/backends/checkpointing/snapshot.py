@@ -39,12 +39,14 @@ class _Copy:
         name: what they are called in errors.
         values: the live ones, until they are copied.
         start: number of the first of them in the whole tensor.
-        version: how often the live values had been changed; None where torch does not count, or they are not live.
+        is_live: whether they are not copied yet.
+        version: how often the live values had been changed; None where torch does not count.
     """
 
     name: str
     values: torch.Tensor
     start: int
+    is_live: bool
     version: int | None
 
 
@@ -70,6 +72,8 @@ def snapshot_of(content: CheckpointContent, world: World) -> Snapshot:
         with nullcontext() if stream is None else torch.cuda.stream(stream):
             while copies:
                 _copy(copies.popleft())
+            for table in gradients.values():
+                table.update({name: gradient.cpu() for name, gradient in table.items()})
 
     return Snapshot(
         content=attrs.evolve(content, agreed=attrs.evolve(content.agreed, turns=turns), gradients=gradients),
@@ -105,11 +109,14 @@ def _copied(each: Range, world: World, copies: deque[_Copy]) -> LiveTensor:
     if tensor.is_whole and world.rank != 0:  # which rank 0 alone reads
         return tensor
     part = tensor.part()
-    copy = _Copy(name=each.name, values=part.values.detach(), start=part.start, version=None)
-    if tensor.is_buffer:
-        copy.values = copy.values.clone()
-    else:
-        copy.version = _version(copy.values)
+    live = part.values.detach()
+    copy = _Copy(
+        name=each.name,
+        values=live.clone() if tensor.is_buffer else live,
+        start=part.start,
+        is_live=not tensor.is_buffer,
+        version=_version(live),
+    )
     copies.append(copy)
 
     def copied_part() -> Part:
@@ -121,11 +128,11 @@ def _copied(each: Range, world: World, copies: deque[_Copy]) -> LiveTensor:
 @torch.no_grad()
 def _copy(copy: _Copy) -> None:
     live = copy.values
-    is_new = copy.version is None and live.device.type == "cpu"
-    copy.values = live if is_new else torch.empty_like(live, device="cpu", memory_format=torch.contiguous_format)
-    if not is_new:
-        copy.values.copy_(live)
-    if copy.version is not None and _version(live) != copy.version:
+    if not copy.is_live:
+        copy.values = live.cpu()
+        return
+    copy.values = torch.empty_like(live, device="cpu", memory_format=torch.contiguous_format).copy_(live)
+    if _version(live) != copy.version:
         raise CheckpointError(
             f"{copy.name} was changed while it was copied; change models and optimizers through the strategy, or call "
             "background.wait() before."

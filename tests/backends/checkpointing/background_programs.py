@@ -10,7 +10,7 @@ from pathlib import Path
 import attrs
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from lightrft.errors import CheckpointError
 from lightrft.strategy import BackgroundSaves, StrategyConfig, background_saves, get_strategy
@@ -49,6 +49,17 @@ def held(background: BackgroundSaves, gate: threading.Event) -> BackgroundSaves:
         background.start(wait_and_save)
 
     return attrs.evolve(background, start=start)
+
+
+def held_writing(background: BackgroundSaves, gate: threading.Event) -> BackgroundSaves:
+    """The handle, its saves held after they have copied."""
+    inner = background.collectives
+
+    def all_gather(data: Tensor) -> Tensor:
+        gate.wait()
+        return inner.all_gather(data)
+
+    return attrs.evolve(background, collectives=attrs.evolve(inner, all_gather=all_gather))  # type: ignore[misc]
 
 
 def num_groups() -> int:

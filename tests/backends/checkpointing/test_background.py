@@ -166,6 +166,22 @@ def test_a_change_behind_its_back_is_noticed(
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
+def test_tensors_that_torch_does_not_count_are_copied_too(
+    tmp_path: Path, strategy: Strategy, programs: ModuleType, gate: threading.Event
+) -> None:
+    """A tensor of inference mode, whose changes nobody counts, is that of the call though it is changed later."""
+    with torch.inference_mode():
+        model = nn.Linear(2, 1)
+        before = bits(model)
+        with opening(strategy, gate) as background:
+            strategy.save_ckpt(model, tmp_path, background=programs.held_writing(background, gate))
+            await_copy(model)
+            model.weight.add_(1)
+            gate.set()
+        strategy.load_ckpt(model, tmp_path)
+        assert same(bits(model), before)
+
+
 def test_copies_of_a_handle_wait_for_nothing(
     tmp_path: Path, strategy: Strategy, programs: ModuleType, gate: threading.Event
 ) -> None:
