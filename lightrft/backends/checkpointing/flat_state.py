@@ -19,7 +19,7 @@ from lightrft.backends.checkpointing.access import (
     StoredTensor,
 )
 from lightrft.backends.checkpointing.sharded import live_tensor
-from lightrft.backends.checkpointing.stored import empty_like, read_stored
+from lightrft.backends.checkpointing.stored import read_stored
 from lightrft.backends.zero.shards import Fragment, part_of, whole_shape
 from lightrft.errors import CheckpointError
 
@@ -176,7 +176,7 @@ def _make_room(
         if isinstance(live, torch.Tensor) and live.shape == flat.shape and live.dtype == stored.dtype:
             plan.tensors[key] = live
         else:
-            plan.tensors[key] = empty_like(flat, dtype=stored.dtype).zero_()
+            plan.tensors[key] = torch.zeros_like(flat, dtype=stored.dtype, requires_grad=False)
             plan.made.add(key)
 
 

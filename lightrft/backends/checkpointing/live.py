@@ -32,7 +32,7 @@ from lightrft.backends.checkpointing.sharded import (
     stored_part,
     wrap_part,
 )
-from lightrft.backends.checkpointing.stored import empty_like, read_stored
+from lightrft.backends.checkpointing.stored import read_stored
 from lightrft.backends.checkpointing.tensor_files import require_plain
 from lightrft.errors import CheckpointError, ConfigError
 from lightrft.strategy.protocols.training import UnwrapModel
@@ -284,7 +284,7 @@ def _place(
                 part.copy_into(there)
 
             return present, fill
-    fresh = empty_like(like, dtype=part.dtype)
+    fresh = torch.empty_like(like, dtype=part.dtype, requires_grad=False)
     part.copy_into(fresh)
     return wrap_part(fresh, parameter), _nothing
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import math
-import mmap
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from io import FileIO
@@ -26,11 +25,10 @@ from lightrft.backends.checkpointing.tensor_files import DTYPES, RAW
 from lightrft.errors import CheckpointError
 from lightrft.strategy.protocols.checkpointing import Json
 
-__all__ = ["empty_like", "open_tensors", "read_stored", "saying_incomplete", "stored_range", "stored_tensors"]
+__all__ = ["open_tensors", "read_stored", "saying_incomplete", "stored_range", "stored_tensors"]
 
 _BUCKET_SIZE = 32 << 20  # bytes on their way to a device or another dtype; large enough for its link to be kept busy
 _BLOCK_SIZE = 1 << 30  # below the 2 GiB that one read may take
-_HUGE_SIZE = 2 << 20  # bytes of a large page of memory on most machines
 _LENGTH_SIZE = 8  # bytes that say how long the header is
 _DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
@@ -80,23 +78,6 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """
     with open_tensors(path) as tensors:
         return {name: _opened_again(path, name, tensor) for name, tensor in tensors.items()}
-
-
-def empty_like(tensor: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
-    """Return memory for a tensor that is about to be read, laid out as another one and on its device.
-
-    Args:
-        tensor: says shape, strides and device.
-        dtype: of the new elements.
-    """
-    made = torch.empty_like(tensor, dtype=dtype, requires_grad=False)
-    begin = -(-made.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    size = (made.data_ptr() + made.nbytes - begin) // mmap.PAGESIZE * mmap.PAGESIZE
-    if made.device.type == "cpu" and size >= _HUGE_SIZE and hasattr(mmap, "MADV_HUGEPAGE"):
-        # asking the kernel for its pages 4 KiB at a time takes four times as long as reading what goes there; this is
-        # advice, and no result is an error
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
-    return made
 
 
 def read_stored(stored: StoredTensor) -> torch.Tensor:
