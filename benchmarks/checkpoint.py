@@ -12,8 +12,8 @@ them, what the last one wrote is removed and the disk is synced.
   reads from the disk is void.
 - in the background: how long save_ckpt keeps the caller, and how long until the state is copied, which the next
   step waits for, beside a copy of all tensors into new memory.
-- memory: two ranks under "fsdp2". The anonymous memory of the rank that grows most, at its peak while it saves or loads
-  and above what it had before, where its shard lies already; in all then shard + growth. Buckets are {bucket}.
+- memory: two ranks under "fsdp2". By how much anonymous memory grows at its peak while a rank saves or loads, of the rank
+  that grows most. Its shard is there before, so that shard and growth are what it needs in all.
 
 A row whose A/A is beyond {tolerance:.0%} is void, and the program exits with 3.
 """
@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import math
 import os
 import shutil
 import sys
@@ -55,7 +54,9 @@ from torch.optim import Optimizer
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from lightrft.backends.checkpointing.sharded import local_part
-from lightrft.strategy import Strategy, StrategyConfig, get_strategy
+from lightrft.backends.checkpointing.turns import BUCKET_SIZE
+from lightrft.backends.copying import await_copy
+from lightrft.strategy import Strategy, StrategyConfig, background_saves, get_strategy
 from lightrft.testing.ranks.processes import processes
 from lightrft.testing.subject import Rank, subject_of
 
@@ -126,13 +127,11 @@ class Memory:
 
     Attributes:
         shard: its parts of parameters and moments.
-        bucket: what it gathers at once.
         saving: growth while it saved.
         loading: growth while it loaded.
     """
 
     shard: int
-    bucket: int
     saving: int
     loading: int
 
@@ -280,9 +279,6 @@ def load_rows(state: State, params: int, folder: Path, rounds: int) -> list[Row]
 
 def background_rows(state: State, params: int, folder: Path, rounds: int) -> list[Row]:
     """Measure how long a save in the background keeps the caller, and the step after it."""
-    from lightrft.backends.copying import await_copy
-    from lightrft.strategy import background_saves
-
     tensors = [tensor.detach() for tensor in tensors_of(state)]
     held: list[torch.Tensor] = []
     called: list[float] = []
@@ -364,13 +360,7 @@ def measure_memory(rank: Rank, case: Case) -> Memory:
         with sampled_growth() as growth:
             run()
         growths.append(growth[-1])
-    tensors = tensors_of(state)
-    return Memory(shard=bytes_of(tensors), bucket=bucket_of(tensors), saving=growths[2], loading=growths[3])
-
-
-def bucket_of(tensors: Iterable[torch.Tensor]) -> int:
-    """Return how many bytes are gathered at once: the largest tensor."""
-    return max(math.prod(tensor.shape) * tensor.element_size() for tensor in tensors)
+    return Memory(shard=bytes_of(tensors_of(state)), saving=growths[2], loading=growths[3])
 
 
 def memory_of(params: int, folder: Path) -> Memory:
@@ -383,7 +373,6 @@ def memory_of(params: int, folder: Path) -> Memory:
     empty(folder)
     return Memory(
         shard=max(rank.shard for rank in seen),
-        bucket=max(rank.bucket for rank in seen),
         saving=max(rank.saving for rank in seen),
         loading=max(rank.loading for rank in seen),
     )
@@ -423,7 +412,7 @@ def cells_of(row: Row) -> list[str]:
 
 def memory_cells_of(params: int, found: Memory) -> list[str]:
     """Return a row of the table of memory."""
-    sizes = (found.shard, found.bucket, found.saving, found.loading, 2 * found.bucket)
+    sizes = (found.shard, BUCKET_SIZE, found.saving, found.loading, 2 * BUCKET_SIZE)
     return [str(params), *(f"{size / 1e6:.0f}" for size in sizes)]
 
 
@@ -456,14 +445,14 @@ def missed_targets(rows: Iterable[Row], memory: Mapping[int, Memory]) -> list[st
             missed.append(f"{row.name} of {row.params} million takes {ratio:.2f}, more than {row.target}")
     for params, found in memory.items():
         for name, growth in (("save_ckpt", found.saving), ("load_ckpt", found.loading)):
-            if growth > 2 * found.bucket:
-                missed.append(f"{name} of {params} million grows by {growth / found.bucket:.1f} buckets, more than 2")
+            if growth > 2 * BUCKET_SIZE:
+                missed.append(f"{name} of {params} million grows by {growth / BUCKET_SIZE:.1f} buckets, more than 2")
     return missed
 
 
 def main() -> None:
     """Measure, print, check against the targets."""
-    words = (__doc__ or "").format(bucket="the largest tensor, which is gathered whole", tolerance=TOLERANCE).strip()
+    words = (__doc__ or "").format(tolerance=TOLERANCE).strip()
     parser = argparse.ArgumentParser(description=words, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", nargs="+", type=int, choices=list(SHAPES), default=[65, 300], help="millions")
     parser.add_argument("--rounds", type=int, default=9, help="runs of each variant")

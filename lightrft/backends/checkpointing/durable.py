@@ -16,13 +16,13 @@ import os
 import re
 import shutil
 import stat
-import threading
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import attrs
 
+from lightrft.backends.checkpointing.digesting import digesting
 from lightrft.errors import CheckpointError
 
 __all__ = [
@@ -44,7 +44,6 @@ _MARKER = "lightrft.json"
 _CONTENT = "content"
 _BLOCK_SIZE = 4 << 20  # bytes of one write; below the 2 GiB that one may take
 _BACKLOG_SIZE = 16 << 20  # bytes that may wait until the disk is told to begin; large enough for it to be kept busy
-_INLINE_SIZE = 1 << 16  # bytes below which handing the digest to another thread costs more than it saves
 
 
 @attrs.frozen(kw_only=True)
@@ -85,22 +84,18 @@ def write_file(path: Path, chunks: Iterable[memoryview | bytes]) -> FileRecord:
 
     Args:
         path: where.
-        chunks: the content, in order.
+        chunks: the content, in order, each with memory of its own or in its keeping.
 
     Raises:
         OSError: it exists, or cannot be written.
     """
     digest = hashlib.sha256()
     size = 0
-    with _new_file(path) as write:
+    with _new_file(path) as write, digesting(digest.update) as update:
         for chunk in chunks:
-            view = memoryview(chunk)
-            if len(view) < _INLINE_SIZE:
-                digest.update(view)
-                write(view)
-            else:
-                _write_and_digest(view, write, digest.update)
-            size += len(view)
+            update(memoryview(chunk))
+            write(memoryview(chunk))
+            size += len(chunk)
     return FileRecord(size=size, sha256=digest.hexdigest())
 
 
@@ -322,18 +317,6 @@ def _new_file(path: Path) -> Generator[Callable[[memoryview], None], None, None]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _write_and_digest(
-    content: memoryview, write: Callable[[memoryview], None], update: Callable[[memoryview], None]
-) -> None:
-    # a plain thread, because a pool takes nothing any more once the main thread has ended, and a save may go on
-    hashing = threading.Thread(target=update, args=(content,))
-    hashing.start()
-    try:
-        write(content)
-    finally:
-        hashing.join()
 
 
 def _write_all(descriptor: int, block: memoryview) -> None:

@@ -115,7 +115,7 @@ def safetensors_chunks(
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> Iterator[memoryview | bytes]:
-    """Yield the bytes of a safetensors file; a chunk holds until the next one is asked for.
+    """Yield the bytes of a safetensors file; a chunk keeps its memory.
 
     Args:
         tensors: by name.
@@ -161,7 +161,9 @@ def _header(tensors: Mapping[str, Described], metadata: Mapping[str, str]) -> di
 
 def _memory(piece: torch.Tensor) -> memoryview:
     # straight from memory: `Tensor.numpy` would need numpy, which is no dependency, and `bytes` a copy
-    return memoryview((ctypes.c_ubyte * piece.numel()).from_address(piece.data_ptr())).cast("B")
+    memory = (ctypes.c_ubyte * piece.numel()).from_address(piece.data_ptr())
+    vars(memory)["piece"] = piece  # kept as long as any view of its memory is
+    return memoryview(memory).cast("B")
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""Files that are written, digested and synced."""
+"""Files that are written, digested and synced, and digests that are taken beside."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import errno
 import hashlib
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from lightrft.backends.checkpointing.digesting import digesting
 from lightrft.backends.checkpointing.durable import write_file, write_undigested
+from lightrft.backends.checkpointing.tensor_files import safetensors_chunks
 
 MIB = 1 << 20
 
@@ -108,3 +112,43 @@ def test_the_first_failing_write_ends_it(tmp_path: Path, monkeypatch: pytest.Mon
     assert sum(written) == 10 * MIB
     assert threading.active_count() == threads
     assert open_files() == descriptors
+
+
+def test_a_digest_stays_close_behind(tmp_path: Path) -> None:
+    """While a chunk is made, at most the one before it and 8 MiB are in memory; at the end all are free."""
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def pieces() -> Iterator[torch.Tensor]:
+        for number in range(40):
+            alive.append(sum(4 for one in held if one() is not None))
+            piece = torch.full((4 * MIB,), number, dtype=torch.uint8)
+            held.append(weakref.ref(piece))
+            yield piece
+            del piece
+
+    tensors = {"whole": torch.empty(160 * MIB, dtype=torch.uint8, device="meta")}
+    record = write_file(tmp_path / "file", safetensors_chunks(tensors, pieces()))
+    assert max(alive) <= 4 + 8
+    assert not any(one() is not None for one in held)
+    assert record.sha256 == hashlib.sha256((tmp_path / "file").read_bytes()).hexdigest()
+
+
+def test_a_digest_that_cannot_be_taken_is_an_error() -> None:
+    """What the thread cannot digest is raised where the chunks come from, and no thread is left."""
+    taken: list[int] = []
+
+    def update(chunk: memoryview) -> None:
+        taken.append(len(chunk))
+        raise MemoryError
+
+    def digest_all() -> None:
+        with digesting(update) as digest:
+            for _ in range(5):
+                digest(memoryview(bytes(9 * MIB)))
+
+    threads = threading.active_count()
+    with pytest.raises(MemoryError):
+        digest_all()
+    assert taken == [9 * MIB] * 5
+    assert threading.active_count() == threads

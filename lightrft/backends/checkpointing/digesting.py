@@ -1,0 +1,70 @@
+"""A digest that is taken beside the writing of what is digested."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from queue import SimpleQueue
+
+__all__ = ["digesting"]
+
+_BEHIND_SIZE = 8 << 20  # bytes by which the digest may be behind when another chunk is begun; they stay in memory
+_INLINE_SIZE = 1 << 16  # bytes below which handing a chunk to another thread costs more than it saves
+
+
+@contextmanager
+def digesting(update: Callable[[memoryview], object]) -> Generator[Callable[[memoryview], None], None, None]:
+    """Yield what digests one chunk after the other, large ones in a thread beside the caller; at the end all are.
+
+    The thread may be some bytes behind, so that neither waits for the other at every chunk.
+
+    Args:
+        update: takes the next bytes into the digest.
+
+    Raises:
+        Exception: at the end, what `update` raised.
+    """
+    waiting: SimpleQueue[memoryview | None] = SimpleQueue()
+    done: SimpleQueue[int] = SimpleQueue()
+    failures: list[Exception] = []
+    # a plain thread, because a pool takes nothing any more once the main thread has ended, and a save may go on
+    thread = threading.Thread(target=_digest_all, args=(update, waiting, done, failures))
+    behind = 0
+
+    def digest(chunk: memoryview) -> None:
+        nonlocal behind
+        while behind > _BEHIND_SIZE:
+            behind -= done.get()
+        if thread.ident is None and len(chunk) < _INLINE_SIZE:
+            update(chunk)
+            return
+        if thread.ident is None:
+            thread.start()
+        behind += len(chunk)
+        waiting.put(chunk)
+
+    try:
+        yield digest
+    finally:
+        waiting.put(None)
+        if thread.ident is not None:
+            thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _digest_all(
+    update: Callable[[memoryview], object],
+    waiting: SimpleQueue[memoryview | None],
+    done: SimpleQueue[int],
+    failures: list[Exception],
+) -> None:
+    while (chunk := waiting.get()) is not None:
+        size = len(chunk)
+        try:
+            update(chunk)
+        except Exception as error:  # noqa: BLE001 (raised where the chunks come from)
+            failures.append(error)
+        del chunk  # before the caller is told that its memory may be free
+        done.put(size)
