@@ -12,8 +12,8 @@ them, what the last one wrote is removed and the disk is synced.
   reads from the disk is void.
 - in the background: how long save_ckpt keeps the caller, and how long until the state is copied, which the next
   step waits for, beside a copy of all tensors into new memory.
-- memory: two ranks under "fsdp2". By how much anonymous memory grows at its peak while a rank saves or loads, of the rank
-  that grows most. Its shard is there before, so that shard and growth are what it needs in all.
+- memory: two ranks under "fsdp2". By how much anonymous memory grows at its peak while a rank saves or loads, of the
+  rank that grows most. Its shard is there before, so that shard and growth are what it needs in all.
 
 A row whose A/A is beyond {tolerance:.0%} is void, and the program exits with 3.
 """
