@@ -174,8 +174,9 @@ def _collect(pool: _Pool, timeout: float) -> dict[int, Reply]:
         if line is None and rank in replies:  # it was ended here
             continue
         if line is None:
+            worker, calls = pool.workers[rank], _last_calls(pool, replies)
             end_workers(pool.workers)  # before anybody asks for its exit code: then its number may be another process's
-            raise LawError(f"{exit_words(pool.workers[rank])}\n{_last_calls(pool, replies)}")
+            raise LawError(f"{exit_words(worker)}\n{calls}")
         replies[rank] = from_json(line, Reply)
         ways, patience = [_close_group, _end_ended], time.monotonic() + _PATIENCE_SECONDS
         if replies[rank].failure:
