@@ -43,6 +43,7 @@ def to_toml(config: attrs.AttrsInstance) -> str:
         max_num = 3
         keep_every = 0
         keep_best = 0
+        save_in_background = false
     """
     text = "\n".join(_lines(config, ())).strip("\n") + "\n"
     try:
