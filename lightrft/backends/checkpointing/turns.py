@@ -35,8 +35,9 @@ __all__ = [
 
 BUCKET_SIZE = 64 << 20
 """Bytes that a rank may need beside its parts, twice: while one bucket is written, nothing else is gathered."""
-# collectives hold up to ten copies of what they move: packed, padded, received of each rank, unpacked, put together
-PIECE_SIZE = BUCKET_SIZE // 8
+# collectives hold up to six copies of what they move: packed, padded, received, unpacked and put together; and what is
+# freed between them does not all go back to the system: twelve times a piece were seen
+PIECE_SIZE = BUCKET_SIZE // 16
 """Bytes of tensors that are gathered at once; large enough for a link, and for a disk, to be kept busy."""
 
 

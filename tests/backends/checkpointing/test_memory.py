@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lightrft.backends.checkpointing.turns import BUCKET_SIZE
 from lightrft.strategy.build import get_strategy
 from lightrft.testing.ranks.processes import processes
 from lightrft.testing.subject import subject_of
@@ -21,10 +22,10 @@ SLACK = 2 << 20  # what Python itself allocates on the way
 def test_nothing_holds_a_second_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, world_size: int
 ) -> None:
-    """A rank holds its shard and, at the peak of loading, two whole tensors beside it at most.
+    """A rank holds its shard and, at the peak of saving or loading, two buckets beside it at most.
 
-    The shard is 96 MiB of 192 MiB on each of two ranks, and a tensor 4 MiB; moments that were not there yet are
-    allocated once.
+    The whole is 192 MiB, of which a rank of two has 96 MiB at least, and a tensor 4 MiB. Two buckets of saving are 128
+    MiB, less than the whole; for loading two tensors are enough. Moments that were not there yet are allocated once.
     """
     monkeypatch.syspath_prepend(str(Path(__file__).parent))  # workers get this path
     programs = importlib.import_module("memory_programs")
@@ -32,6 +33,7 @@ def test_nothing_holds_a_second_copy(
         for seen in run(programs.measure, programs.Job(directory=str(tmp_path), strategy=strategy)):
             assert seen.shard >= 192 * 2**20 // world_size
             assert seen.largest * 10 < seen.shard
+            assert seen.raised["save"] <= 2 * BUCKET_SIZE
             assert seen.raised["load"] <= 2 * seen.largest + SLACK
             assert seen.moments <= seen.raised["load into no state"] + seen.largest
             assert seen.raised["load into no state"] <= seen.moments + 2 * seen.largest + SLACK
