@@ -67,7 +67,7 @@ class Tiny(nn.Module):
         hidden_TH = self.embed(tokens_T)
         for block in self.blocks:
             hidden_TH = torch.tanh(block(hidden_TH))
-        return self.head(hidden_TH).wide().mean() + self.narrow(hidden_TH).sum() + (hidden_TH @ self.frozen).mean()
+        return self.head(hidden_TH).square().mean() + self.narrow(hidden_TH).sum() + (hidden_TH @ self.frozen).mean()
 
 
 def functions_of(rank: Rank) -> CheckpointFunctions:
