@@ -63,6 +63,7 @@ from lightrft.testing.subject import Rank, subject_of
 REFERENCE, AGAIN, OURS = "reference", "reference again (A/A)", "lightrft"
 TOLERANCE = 0.05  # of the A/A control: a disk is noisier than a processor
 BLOCK_SIZE = 64 << 20  # bytes of one raw write
+M_MMAP_THRESHOLD = -3  # of malloc.h: larger blocks come from the system, and go back to it
 SAMPLING_SECONDS = 5e-4
 TIMEOUT = 600.0  # seconds of the row of ranks
 
@@ -256,6 +257,8 @@ def load_rows(state: State, params: int, folder: Path, rounds: int) -> list[Row]
     state.strategy.save_ckpt(state.model, folder, optimizer=state.optimizer)
     held: list[object] = []  # until the time is taken: giving memory back is no part of loading
     read: list[int] = []
+    # a process that loads has not loaded before: glibc must not hand out again what an earlier round let go of
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 << 10)
 
     def reference() -> None:
         held.append(torch.load(folder / "state.pt", weights_only=True))

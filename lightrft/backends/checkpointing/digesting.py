@@ -1,16 +1,45 @@
-"""A digest that is taken beside the writing of what is digested."""
+"""Digests of the blocks of a file, taken beside its writing."""
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from queue import SimpleQueue
 
-__all__ = ["digesting"]
+__all__ = ["BLOCK_SIZE", "block_digests", "digesting"]
+
+BLOCK_SIZE = 32 << 20
+"""Bytes of a file that one digest is of, so that all cores can verify one file."""
 
 _BEHIND_SIZE = 8 << 20  # bytes by which the digest may be behind when another chunk is begun; they stay in memory
 _INLINE_SIZE = 1 << 16  # bytes below which handing a chunk to another thread costs more than it saves
+
+
+def block_digests() -> tuple[Callable[[memoryview], None], Callable[[], str]]:
+    """Return what takes the next bytes of a file, and what returns the SHA-256 of each block, in hexadecimal, joined.
+
+    A file of one block has one digest, and so has an empty one.
+    """
+    digests = [hashlib.sha256()]
+    size = 0  # of the last block
+
+    def update(content: memoryview) -> None:
+        nonlocal size
+        while content:
+            if size == BLOCK_SIZE:
+                digests.append(hashlib.sha256())
+                size = 0
+            part = content[: BLOCK_SIZE - size]
+            digests[-1].update(part)
+            size += len(part)
+            content = content[len(part) :]
+
+    def joined() -> str:
+        return "".join(digest.hexdigest() for digest in digests)
+
+    return update, joined
 
 
 @contextmanager

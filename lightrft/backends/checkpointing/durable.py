@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import os
 import re
 import shutil
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import attrs
 
-from lightrft.backends.checkpointing.digesting import digesting
+from lightrft.backends.checkpointing.digesting import block_digests, digesting
 from lightrft.errors import CheckpointError
 
 __all__ = [
@@ -52,7 +51,7 @@ class FileRecord:
 
     Attributes:
         size: bytes.
-        sha256: digest of the content, in hexadecimal.
+        sha256: digest of each block of 32 MiB, the last one shorter, in hexadecimal, joined.
     """
 
     size: int
@@ -80,7 +79,7 @@ def disk_errors(setting: str, path: Path, *, advice: str) -> Generator[None, Non
 
 
 def write_file(path: Path, chunks: Iterable[memoryview | bytes]) -> FileRecord:
-    """Write a file that does not exist yet, sync it, and return its size and digest.
+    """Write a file that does not exist yet, sync it, and return its size and digests.
 
     Args:
         path: where.
@@ -89,14 +88,14 @@ def write_file(path: Path, chunks: Iterable[memoryview | bytes]) -> FileRecord:
     Raises:
         OSError: it exists, or cannot be written.
     """
-    digest = hashlib.sha256()
+    digest, joined = block_digests()
     size = 0
-    with _new_file(path) as write, digesting(digest.update) as update:
+    with _new_file(path) as write, digesting(digest) as update:
         for chunk in chunks:
             update(memoryview(chunk))
             write(memoryview(chunk))
             size += len(chunk)
-    return FileRecord(size=size, sha256=digest.hexdigest())
+    return FileRecord(size=size, sha256=joined())
 
 
 def write_undigested(path: Path, chunks: Iterable[memoryview | bytes]) -> None:

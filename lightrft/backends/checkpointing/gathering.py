@@ -7,6 +7,7 @@ needs more memory than for two buckets, however large the tensors are.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -107,6 +108,7 @@ def taking_turns(
     def pieces() -> Iterator[torch.Tensor]:
         while turns:
             yield from gather_turn(turns.popleft(), collectives, world)
+            _give_back(world)
 
     try:
         yield pieces()
@@ -115,6 +117,14 @@ def taking_turns(
             with suppress(CheckpointError):  # whoever writes it says what is wrong with it
                 for _ in gather_turn(turns.popleft(), collectives, world):
                     pass
+            _give_back(world)
+
+
+def _give_back(world: World) -> None:
+    """Let the system have what was freed: where sizes differ, glibc keeps several times as much as is in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other libraries have none, and need none
+    if trim is not None and world.world_size > 1:
+        trim(0)
 
 
 def _kind(tensor: Gatherable) -> Json:

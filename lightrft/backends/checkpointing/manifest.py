@@ -15,6 +15,7 @@ import attrs
 import safetensors
 
 from lightrft import __version__
+from lightrft.backends.checkpointing.digesting import BLOCK_SIZE
 from lightrft.backends.checkpointing.durable import FileRecord
 from lightrft.backends.checkpointing.layout import MANIFEST
 from lightrft.backends.checkpointing.lossless import as_dict, dumps, loads
@@ -25,16 +26,18 @@ __all__ = [
     "FORMAT_VERSION",
     "Manifest",
     "find_damage",
+    "num_blocks",
     "read_manifest",
     "render_manifest",
     "require_size",
+    "verify_block",
     "verify_file",
 ]
 
 FORMAT_VERSION = 1
 """Version of the layout that this module reads and writes."""
 _FORMAT = "lightrft-checkpoint"
-_BLOCK_SIZE = 4 << 20  # bytes that are digested at once; other threads run meanwhile
+_BUFFER_SIZE = 4 << 20  # bytes that are digested at once; other threads run meanwhile
 # no path, no hidden file and no name that a shell takes for an option
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,254}")
 
@@ -155,7 +158,7 @@ def find_damage(directory: Path, *, step: int, on_read: OnRead | None = None) ->
 
 
 def verify_file(path: Path, record: FileRecord, *, on_read: OnRead | None = None) -> None:
-    """Check the size and the digest of one file.
+    """Check the size and the digests of one file.
 
     Args:
         path: the file.
@@ -166,11 +169,38 @@ def verify_file(path: Path, record: FileRecord, *, on_read: OnRead | None = None
         CheckpointError: it is missing, is no plain file, or its content is not what was written.
     """
     require_size(path, record)
+    for number in range(num_blocks(record)):
+        verify_block(path, record, number, on_read=on_read)
+
+
+def num_blocks(record: FileRecord) -> int:
+    """Return how many digests a file has.
+
+    Args:
+        record: what the file should be.
+    """
+    return max(1, -(-record.size // BLOCK_SIZE))
+
+
+def verify_block(path: Path, record: FileRecord, number: int, *, on_read: OnRead | None = None) -> None:
+    """Check the digest of one block of a file.
+
+    Args:
+        path: the file.
+        record: what it should be.
+        number: of the block, from 0 to `num_blocks` less 1.
+        on_read: told of the bytes as they are read.
+
+    Raises:
+        CheckpointError: the file cannot be read, or the block is not what was written.
+    """
     try:
-        digest = _digest(path, on_read)
+        digest = _digest(path, number * BLOCK_SIZE, on_read)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; load another checkpoint.") from error
-    if digest != record.sha256:
+    start = number * len(digest)
+    is_whole = len(record.sha256) == num_blocks(record) * len(digest)
+    if not is_whole or digest != record.sha256[start : start + len(digest)]:
         raise CheckpointError(
             f"{path} is damaged: its SHA-256 is not the one that was written; load another checkpoint."
         )
@@ -199,12 +229,15 @@ def require_size(path: Path, record: FileRecord) -> os.stat_result:
     return status
 
 
-def _digest(path: Path, on_read: OnRead | None) -> str:
+def _digest(path: Path, start: int, on_read: OnRead | None) -> str:
     digest = hashlib.sha256()
-    block = memoryview(bytearray(_BLOCK_SIZE))
+    buffer = memoryview(bytearray(_BUFFER_SIZE))
+    left = BLOCK_SIZE
     with path.open("rb", buffering=0) as file:
-        while num_bytes := file.readinto(block):
-            digest.update(block[:num_bytes])
+        file.seek(start)
+        while left and (num_bytes := file.readinto(buffer[:left])):
+            digest.update(buffer[:num_bytes])
+            left -= num_bytes
             if on_read is not None:
                 on_read(num_bytes)
     return digest.hexdigest()

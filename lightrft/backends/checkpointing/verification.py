@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lightrft.backends.checkpointing.durable import FileRecord
-from lightrft.backends.checkpointing.manifest import require_size, verify_file
+from lightrft.backends.checkpointing.manifest import num_blocks, require_size, verify_block
 
 __all__ = ["identity_of", "share_of", "verifying"]
 
@@ -67,22 +67,25 @@ def share_of(files: Mapping[str, FileRecord], identities: Sequence[str], *, rank
 
 @contextmanager
 def verifying(directory: Path, files: Mapping[str, FileRecord]) -> Generator[None, None, None]:
-    """Check the sizes and digests of files in the background of the body, and wait for that at its end.
+    """Check the digests of files in the background of the body, and wait for that at its end.
 
     Args:
         directory: the checkpoint.
-        files: which ones, and what they should be.
+        files: which ones, and what they should be; their sizes have been checked by `identity_of`.
 
     Raises:
-        CheckpointError: at the end, of the first by name that is missing, is no plain file or whose content is not what
-            was written.
+        CheckpointError: at the end, of the first by name whose content is not what was written.
     """
     # digesting and reading let other threads run
     with ThreadPoolExecutor(max_workers=min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
-        checks = {name: pool.submit(verify_file, directory / name, record) for name, record in _largest_first(files)}
+        checks = {
+            name: [pool.submit(verify_block, directory / name, record, number) for number in range(num_blocks(record))]
+            for name, record in _largest_first(files)
+        }
         yield
         for name in sorted(checks):
-            checks[name].result()
+            for check in checks[name]:
+                check.result()
 
 
 def _largest_first(files: Mapping[str, FileRecord]) -> list[tuple[str, FileRecord]]:

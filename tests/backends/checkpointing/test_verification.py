@@ -11,13 +11,37 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightrft.backends.checkpointing import verification
-from lightrft.backends.checkpointing.durable import FileRecord
+from lightrft.backends.checkpointing.digesting import BLOCK_SIZE
+from lightrft.backends.checkpointing.durable import FileRecord, write_file
+from lightrft.backends.checkpointing.manifest import verify_file
 from lightrft.backends.checkpointing.verification import identity_of, share_of, verifying
 from lightrft.errors import CheckpointError
 
 
 def record_of(content: bytes) -> FileRecord:
     return FileRecord(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def test_every_block_of_a_large_file_has_its_digest(tmp_path: Path) -> None:
+    """A bit that flips in any block, blocks that change places and a digest too few are damage; the file is not."""
+    path, content = tmp_path / "large", bytearray(2 * BLOCK_SIZE + 1)
+    content[BLOCK_SIZE] = 1
+    record = write_file(path, [bytes(content)])
+    assert len(record.sha256) == 3 * 64
+    verify_file(path, record)
+    for wrong in (0, BLOCK_SIZE, 2 * BLOCK_SIZE):
+        with path.open("r+b") as file:
+            file.seek(wrong)
+            file.write(bytes([content[wrong] ^ 4]))
+        with pytest.raises(CheckpointError, match="large is damaged"), verifying(tmp_path, {"large": record}):
+            pass
+        path.write_bytes(content)
+    path.write_bytes(content[BLOCK_SIZE:-1] + content[:BLOCK_SIZE] + content[-1:])
+    with pytest.raises(CheckpointError, match="large is damaged"):
+        verify_file(path, record)
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="large is damaged"):
+        verify_file(path, FileRecord(size=record.size, sha256=record.sha256[:-64]))
 
 
 def write(directory: Path, **contents: bytes) -> dict[str, FileRecord]:
