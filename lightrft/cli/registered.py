@@ -46,6 +46,7 @@ _STRATEGIES = MappingProxyType(
 _ENGINES = MappingProxyType(
     {
         "hf": _About(text="batched decoding of transformers models", package="transformers", extra="hf"),
+        "vllm": _About(text="vLLM in this process, on a CPU", package="vllm", extra="vllm"),
         "scripted": _About(text="prepared completions, for tests of a loop"),
     }
 )

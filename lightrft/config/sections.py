@@ -54,13 +54,15 @@ class EngineConfig:
     """The rollout engine and how it samples.
 
     Attributes:
-        type: registry key of the engine: "hf", "scripted", or a user's own.
+        type: registry key of the engine: "hf", "vllm", "scripted", or a user's own.
         temperature: divides the logits; 0 is greedy.
         top_p: sample from the smallest set of tokens whose probability reaches this share; 1 is off.
         top_k: sample from this many most likely tokens; 0 is off.
         max_new_tokens: bound on the tokens of a completion.
         min_new_tokens: tokens before a stop token may be sampled.
         batch_size: sequences that are decoded at once; bounds the memory of the key-value cache.
+        cache_gb: GB (1e9 bytes) of the key-value cache of the engine "vllm", which sets it aside when it starts; its
+            memory is taken as it is filled.
         script: completions of the engine "scripted", given out in turn.
     """
 
@@ -71,6 +73,7 @@ class EngineConfig:
     max_new_tokens: int = attrs.field(default=64, validator=at_least(1, whole=True))
     min_new_tokens: int = attrs.field(default=0, validator=at_least(0, whole=True))
     batch_size: int = attrs.field(default=1024, validator=at_least(1, whole=True))
+    cache_gb: float = attrs.field(default=1.0, converter=real, validator=at_least(0))
     script: tuple[str, ...] = attrs.field(default=(), converter=texts, validator=are_texts)
 
 

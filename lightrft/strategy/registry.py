@@ -109,6 +109,15 @@ def _build_hf(config: EngineConfig) -> Engine:
     return build_hf(config)
 
 
+def _build_vllm(config: EngineConfig) -> Engine:
+    from lightrft.backends.rollout.vllm_package import require_vllm
+
+    require_vllm()
+    from lightrft.backends.rollout.vllm import build_vllm
+
+    return build_vllm(config)
+
+
 def _build_scripted(config: EngineConfig) -> Engine:
     from lightrft.backends.rollout.scripted import build_scripted
 
@@ -126,7 +135,9 @@ STRATEGIES: Mapping[str, BuildStrategy] = MappingProxyType(
 )
 """Our own strategies. For one of yours pass `registry={**STRATEGIES, "mine": build_mine}` to `get_strategy`."""
 
-ENGINES: Mapping[str, BuildEngine] = MappingProxyType({"hf": _build_hf, "scripted": _build_scripted})
+ENGINES: Mapping[str, BuildEngine] = MappingProxyType(
+    {"hf": _build_hf, "vllm": _build_vllm, "scripted": _build_scripted}
+)
 """Our own rollout engines. For one of yours pass `engines={**ENGINES, "mine": build_mine}` to `get_strategy`."""
 
 

@@ -159,7 +159,11 @@ def test_every_field_matches_its_callback_protocol(key: str) -> None:
 @pytest.mark.parametrize("key", sorted(ENGINES))
 def test_every_field_of_an_engine_matches_its_callback_protocol(key: str) -> None:
     """Every function of every registered engine has the names, kinds and defaults of its contract."""
-    assert signature_differences_of_record(ENGINES[key](EngineConfig())) == []
+    try:
+        engine = ENGINES[key](EngineConfig())
+    except MissingPackageError as error:
+        pytest.skip(str(error))
+    assert signature_differences_of_record(engine) == []
 
 
 @pytest.fixture

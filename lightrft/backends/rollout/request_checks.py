@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import attrs
+
 from lightrft.errors import ConfigError, DataError
 from lightrft.models.context import context_size, known_vocabulary_size
 from lightrft.strategy.protocols.rollout import SamplingParams
@@ -12,7 +14,29 @@ from lightrft.strategy.protocols.rollout import SamplingParams
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["check_request"]
+__all__ = ["RequestLimits", "check_request", "check_within", "limits_of"]
+
+
+@attrs.frozen(kw_only=True)
+class RequestLimits:
+    """What a model can take.
+
+    Attributes:
+        vocabulary_size: number of token ids; None for a model that does not tell.
+        context_size: tokens of prompt and completion together; None for a model that states no limit.
+    """
+
+    vocabulary_size: int | None
+    context_size: int | None
+
+
+def limits_of(model: nn.Module) -> RequestLimits:
+    """Return what a model can take.
+
+    Args:
+        model: a causal language model.
+    """
+    return RequestLimits(vocabulary_size=known_vocabulary_size(model), context_size=context_size(model))
 
 
 def check_request(
@@ -34,13 +58,26 @@ def check_request(
         raise DataError(
             f"prompt_indices has {len(prompt_indices)} numbers for {len(prompts)} prompts; give one for each."
         )
+    check_within(limits_of(model), prompts, params)
+
+
+def check_within(limits: RequestLimits, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
+    """Raise unless a model can make these completions, for an engine that keeps its limits and not the model.
+
+    Args:
+        limits: what the model can take.
+        prompts: token ids of each prompt.
+        params: how tokens are drawn.
+
+    Raises:
+        DataError: about a prompt, whose position is named.
+        ConfigError: about the parameters.
+    """
     _check_present(prompts, params)
-    vocabulary_size = known_vocabulary_size(model)
-    if vocabulary_size is not None:
-        _check_tokens(prompts, params, vocabulary_size)
-    limit = context_size(model)
-    if limit is not None:
-        _check_context(prompts, params, limit)
+    if limits.vocabulary_size is not None:
+        _check_tokens(prompts, params, limits.vocabulary_size)
+    if limits.context_size is not None:
+        _check_context(prompts, params, limits.context_size)
 
 
 def _check_present(prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:

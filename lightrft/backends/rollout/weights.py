@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import attrs
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from lightrft.errors import UnsupportedError, WeightSyncError, nearest
 
-__all__ = ["ModelCopy", "check_coverage", "copy_model", "tensors_of", "write_tensors"]
+__all__ = ["ModelCopy", "check_coverage", "checked", "copy_model", "require_all", "tensors_of", "write_tensors"]
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -67,20 +67,37 @@ def write_tensors(weights: ModelCopy, tensors: Iterable[tuple[str, torch.Tensor]
         WeightSyncError: a name is unknown or came before in this update, or a shape differs.
     """
     targets = tensors_of(weights)
+    shapes = {name: target.shape for name, target in targets.items()}
     with torch.no_grad():
-        for name, tensor in tensors:
-            target = targets.get(name)
-            if target is None:
-                raise WeightSyncError(f"tensor={name!r} is not in the engine; {nearest(name, targets)}.")
-            if name in weights.written:
-                raise WeightSyncError(f"tensor={name!r} came twice in one update; send every name once.")
-            if target.shape != tensor.shape:
-                raise WeightSyncError(
-                    f"tensor={name!r} has shape {tuple(tensor.shape)} and the engine's {tuple(target.shape)}; "
-                    "start the engine from this model."
-                )
-            target.copy_(tensor)
-            weights.written.add(name)
+        for name, tensor in checked(tensors, shapes=shapes, written=weights.written):
+            targets[name].copy_(tensor)
+
+
+def checked(
+    tensors: Iterable[tuple[str, torch.Tensor]], *, shapes: Mapping[str, torch.Size], written: set[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of an update, each after it was checked and before its name counts as written.
+
+    Args:
+        tensors: (name, tensor) of any dtype and device.
+        shapes: what the engine has, by the names of the plain model.
+        written: names that the update under way has written; it grows.
+
+    Raises:
+        WeightSyncError: a name is unknown or came before in this update, or a shape differs.
+    """
+    for name, tensor in tensors:
+        if name not in shapes:
+            raise WeightSyncError(f"tensor={name!r} is not in the engine; {nearest(name, shapes)}.")
+        if name in written:
+            raise WeightSyncError(f"tensor={name!r} came twice in one update; send every name once.")
+        if shapes[name] != tensor.shape:
+            raise WeightSyncError(
+                f"tensor={name!r} has shape {tuple(tensor.shape)} and the engine's {tuple(shapes[name])}; "
+                "start the engine from this model."
+            )
+        yield name, tensor
+        written.add(name)
 
 
 def check_coverage(weights: ModelCopy) -> None:
@@ -89,8 +106,20 @@ def check_coverage(weights: ModelCopy) -> None:
     Raises:
         WeightSyncError: tensors are missing; the first ones are named.
     """
-    every = tensors_of(weights).keys()
-    missing = sorted(every - weights.written)
+    require_all(tensors_of(weights), weights.written)
+
+
+def require_all(names: Collection[str], written: Collection[str]) -> None:
+    """Raise unless every name was written.
+
+    Args:
+        names: what the engine has.
+        written: what the update has written.
+
+    Raises:
+        WeightSyncError: names are missing; the first ones are named.
+    """
+    missing = sorted(set(names).difference(written))
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise WeightSyncError(f"{len(missing)} of {len(every)} tensors were not written ({shown}); send all.")
+        raise WeightSyncError(f"{len(missing)} of {len(names)} tensors were not written ({shown}); send all.")

@@ -95,7 +95,7 @@ def _unbuildable(subject: Subject, problem: str, config: object, record: type) -
 def _claims_of_engine(strategy: Strategy, config: EngineConfig) -> Capabilities:
     from lightrft.models.build import build_model_and_tokenizer
 
-    size = ModelConfig(hidden_size=4, intermediate_size=4, num_layers=1, num_heads=1, max_length=8)
+    size = ModelConfig(hidden_size=32, intermediate_size=4, num_layers=1, num_heads=1, max_length=8)
     model, tokenizer = build_model_and_tokenizer(size, seed=0)
     try:
         with strategy.setup_inference_engine(config, actor=model, tokenizer=tokenizer) as handle:

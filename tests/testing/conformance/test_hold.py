@@ -44,7 +44,11 @@ def test_every_strategy_obeys_every_law(target: str, law: str) -> None:
 @pytest.mark.parametrize("law", ENGINE_LAWS)
 @pytest.mark.parametrize("target", ENGINES)
 def test_every_engine_obeys_every_law(target: str, law: str) -> None:
-    """No law is broken by an engine that is registered."""
+    """No law is broken by an engine that is registered; `make test-vllm` says so of "vllm"."""
+    try:
+        ENGINES[target](EngineConfig())
+    except MissingPackageError as error:
+        pytest.skip(str(error))
     assert broken(subject_of(target, "engine"), law) == []
 
 
