@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import cast
@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightrft.backends.rollout import vllm_inside
+from lightrft.backends.rollout import vllm_load
+from lightrft.backends.rollout.vllm_inside import Inside
 from lightrft.backends.rollout.vllm_package import require_vllm
 from lightrft.config import EngineConfig, ModelConfig
 from lightrft.errors import ConfigError, EngineStateError, MissingPackageError, UnsupportedError, WeightSyncError
@@ -110,21 +111,46 @@ def test_after_rounds_of_training_logprobs_are_the_trainers(engines: ExitStack, 
 def test_a_tied_head_that_vllm_forgets_is_noticed_and_mended(
     engines: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Left to vLLM, a head tied to the embedding keeps its old weights: the probe sees it, the engine is torn."""
+    """Where the embedding comes alone, vLLM's tied head keeps its old weights: the probe sees it; it is mended."""
     strategy = get_strategy(StrategyConfig(strategy="single"))
-    new = policy(tied=True, seed=1)
     handle = start(engines, policy(tied=True))
+    load = vllm_load.load
 
-    def nothing(model: nn.Module) -> None:
+    def load_without_head(inside: Inside, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        load(inside, [(name, tensor) for name, tensor in tensors if name != "lm_head.weight"])
+
+    def leave(model: nn.Module, names: Sequence[str]) -> None:
         del model
+        assert list(names) == ["lm_head.weight"]
 
+    monkeypatch.setattr("lightrft.backends.rollout.vllm.load", load_without_head)
     with monkeypatch.context() as patch:
-        patch.setattr(vllm_inside, "_rearrange_tied", nothing)
+        patch.setattr(vllm_load, "_rearrange", leave)
         with pytest.raises(WeightSyncError, match=r"a logprob is .* nats from the trainer's"):
-            strategy.update_engine_weights(handle, new)
+            strategy.update_engine_weights(handle, policy(tied=True, seed=1))
     with pytest.raises(EngineStateError, match="torn"):
         generate(handle, GREEDY)
+    new = policy(tied=True, seed=2)
     assert strategy.update_engine_weights(handle, new).max_logprob_difference < 1e-5
+    assert logprob_difference(generate(handle, HOT), new, temperature=1.7) < 1e-5
+
+
+def test_a_parameter_of_vllm_that_no_name_reaches_is_noticed(
+    engines: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update whose names vLLM's loader takes and drops ends with the parameter's name, and a torn engine."""
+    handle = start(engines, policy())
+    load = vllm_load.load
+
+    def drop(inside: Inside, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        load(inside, [(name, tensor) for name, tensor in tensors if "down_proj" not in name])
+
+    monkeypatch.setattr("lightrft.backends.rollout.vllm.load", drop)
+    with pytest.raises(
+        WeightSyncError, match=r"2 parameters of vLLM's model were not written \(model\.layers\.0\.mlp\.down"
+    ):
+        get_strategy(StrategyConfig(strategy="single")).update_engine_weights(handle, policy(seed=1))
+    assert handle.status == "torn"
 
 
 def test_keys_and_values_of_earlier_weights_are_forgotten(engines: ExitStack) -> None:
@@ -169,6 +195,7 @@ def test_an_interrupt_leaves_no_request_behind(engines: ExitStack) -> None:
     wanted = [c.token_ids for c in generate(handle, HOT)]
 
     def interrupt(module: nn.Module, args: object) -> None:
+        del module, args
         raise KeyboardInterrupt
 
     hook = handle.state.inside.model.register_forward_pre_hook(interrupt)  # type: ignore[attr-defined]
@@ -192,13 +219,15 @@ def surroundings() -> dict[str, object]:
 
 
 def test_the_process_is_left_as_it_was(engines: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starting, generating, syncing and closing leave environment, random streams and threads alone, and open no port."""
+    """Starting, generating, syncing and closing leave environment, random streams, threads and ports as they were."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     strategy = get_strategy(StrategyConfig(strategy="single"))
     before, process = surroundings(), psutil.Process()
     handle = start(engines, policy())
-    assert [connection for connection in process.net_connections() if connection.status == psutil.CONN_LISTEN] == []
+    assert {connection.laddr.ip for connection in process.net_connections()} == {
+        "127.0.0.1"
+    }  # gloo's, of no fixed port
     assert process.children(recursive=True) == []
     generate(handle, HOT)
     strategy.update_engine_weights(handle, policy(seed=1))
@@ -227,7 +256,7 @@ def test_a_process_group_of_the_trainer_is_left_alone(engines: ExitStack) -> Non
 
 
 def test_a_second_engine_of_a_process_is_refused(engines: ExitStack) -> None:
-    """Two at a time cannot be, as vLLM's groups are of the whole process; the first one goes on, and then the second."""
+    """Two at a time cannot be, as vLLM's groups are of the whole process; the first goes on, and then the second."""
     first = start(engines, policy())
     wanted = generate(first, GREEDY)
     with pytest.raises(EngineStateError, match="runs in this process already"):

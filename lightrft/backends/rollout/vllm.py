@@ -15,15 +15,13 @@ from lightrft.backends.rollout.random_streams import stream_keys
 from lightrft.backends.rollout.request_checks import RequestLimits, check_within, limits_of
 from lightrft.backends.rollout.vllm_inside import (
     Inside,
-    begin_load,
-    end_load,
     free_cache,
-    load,
     restore_cache,
     run_requests,
     start_inside,
     stop_inside,
 )
+from lightrft.backends.rollout.vllm_load import begin_load, end_load, load
 from lightrft.backends.rollout.vllm_package import RequestOutput, Vllm, import_vllm
 from lightrft.backends.rollout.weights import checked, require_all
 from lightrft.errors import EngineStateError, UnsupportedError, WeightSyncError
@@ -38,6 +36,7 @@ from lightrft.strategy.protocols.rollout import (
 )
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
     from lightrft.config.sections import EngineConfig
@@ -59,11 +58,12 @@ class _State:
 def build_vllm(config: EngineConfig) -> Engine:
     """Return the engine "vllm".
 
-    It takes the causal language models of transformers that vLLM has an architecture for. Asleep, it holds weights and no
-    key-value cache: on a CPU there is no other memory to which weights could go.
+    It takes the causal language models of transformers that vLLM has an architecture for. Asleep, it holds weights and
+    no key-value cache: on a CPU there is no other memory to which weights could go.
 
     Args:
-        config: `batch_size` bounds the sequences that are decoded at once, `cache_gb` is the size of the key-value cache.
+        config: `batch_size` bounds the sequences that are decoded at once, `cache_gb` is the size of the key-value
+            cache.
 
     Raises:
         MissingPackageError: vLLM is not installed, or in a version that is not known.
@@ -72,32 +72,7 @@ def build_vllm(config: EngineConfig) -> Engine:
     package = import_vllm()
 
     def start(source: EngineSource) -> EngineHandle:
-        if not hasattr(source.model, "get_decoder"):
-            raise UnsupportedError(
-                f"model={type(source.model).__name__} is no causal language model of transformers, which the engine "
-                "'vllm' needs; use the engine 'scripted' or one of your own."
-            )
-        limits, weights = limits_of(source.model), source.model.state_dict()
-        inside = start_inside(
-            package,
-            cast("PreTrainedModel", source.model),
-            context=limits.context_size,
-            batch_size=config.batch_size,
-            cache_bytes=int(config.cache_gb * 1e9),
-        )
-        state = _State(
-            inside=inside,
-            limits=limits,
-            shapes={name: tensor.shape for name, tensor in weights.items()},
-            written=set(),
-        )
-        try:
-            begin_load(inside)
-            load(inside, weights.items())
-            _require_reached(end_load(inside))
-        except BaseException:
-            stop_inside(inside)
-            raise
+        state = _start(package, source.model, config)
         return EngineHandle(engine=engine, status="awake", weight_version=0, state=state)
 
     def generate(handle: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
@@ -139,7 +114,9 @@ def build_vllm(config: EngineConfig) -> Engine:
 
     def flush_cache(handle: EngineHandle) -> None:
         if not _state(handle).inside.llm.reset_prefix_cache():
-            raise EngineStateError("flush_cache: vLLM keeps its prefix cache, as with requests under way; start a new engine.")
+            raise EngineStateError(
+                "flush_cache: vLLM keeps its prefix cache, as with requests under way; start a new engine."
+            )
 
     def close(handle: EngineHandle) -> None:
         try:
@@ -164,9 +141,32 @@ def build_vllm(config: EngineConfig) -> Engine:
     return guarded(engine)
 
 
-def _run(
-    package: Vllm, inside: Inside, prompts: Sequence[Prompt], sampling: SamplingParams
-) -> Sequence[RequestOutput]:
+def _start(package: Vllm, model: nn.Module, config: EngineConfig) -> _State:
+    if not hasattr(model, "get_decoder"):
+        raise UnsupportedError(
+            f"model={type(model).__name__} is no causal language model of transformers, which the engine 'vllm' needs; "
+            "use the engine 'scripted' or one of your own."
+        )
+    limits, weights = limits_of(model), model.state_dict()
+    inside = start_inside(
+        package,
+        cast("PreTrainedModel", model),
+        context=limits.context_size,
+        batch_size=config.batch_size,
+        cache_bytes=int(config.cache_gb * 1e9),
+    )
+    try:
+        begin_load(inside)
+        load(inside, weights.items())
+        _require_reached(end_load(inside))
+    except BaseException:
+        stop_inside(inside)
+        raise
+    shapes = {name: tensor.shape for name, tensor in weights.items()}
+    return _State(inside=inside, limits=limits, shapes=shapes, written=set())
+
+
+def _run(package: Vllm, inside: Inside, prompts: Sequence[Prompt], sampling: SamplingParams) -> Sequence[RequestOutput]:
     """Return what came of each sample, prompt by prompt; each is a request with a random stream of its own."""
     numbers = [sampling.first_prompt + index for index in range(len(prompts)) for _ in range(sampling.n)]
     keys = stream_keys(sampling.seed, numbers, list(range(sampling.n)) * len(prompts))
@@ -206,9 +206,9 @@ def _completion(handle: EngineHandle, prompt: Prompt, output: RequestOutput, sam
     )
 
 
-def _require_reached(missed: frozenset[str]) -> None:
+def _require_reached(missed: Sequence[str]) -> None:
     if missed:
-        shown = ", ".join(sorted(missed)[:5]) + (", ..." if len(missed) > 5 else "")
+        shown = ", ".join(missed[:5]) + (", ..." if len(missed) > 5 else "")
         raise WeightSyncError(f"{len(missed)} parameters of vLLM's model were not written ({shown}); its names differ.")
 
 

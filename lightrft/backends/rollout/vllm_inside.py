@@ -1,23 +1,23 @@
-"""The inside of vLLM, of the versions that `vllm_package` names: what its public functions do not reach.
+"""The inside of vLLM, of the versions that `vllm_package` names: how it is started as a guest, asked, and stopped.
 
-When vLLM learns to do one of these things by itself, or does it otherwise in another version, this is the module that
-changes.
+Here and in `vllm_load` is all that leans on what vLLM does not promise; another version that does it otherwise changes
+these two modules, and what its public functions come to do goes from them.
 """
 
 from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import attrs
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._C._distributed_c10d import HashStore  # under `torch.distributed` it is not exported to type checkers
 
 from lightrft.backends.rollout.vllm_package import Llm, RequestOutput, Vllm, undisturbed
 from lightrft.errors import ConfigError, EngineStateError, UnsupportedError
@@ -28,10 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Inside",
     "ModelRunner",
-    "begin_load",
-    "end_load",
     "free_cache",
-    "load",
     "restore_cache",
     "run_requests",
     "start_inside",
@@ -51,17 +48,6 @@ class ModelRunner(Protocol):
         ...
 
 
-class _QuantMethod(Protocol):
-    def process_weights_after_loading(self, layer: object) -> None: ...
-
-
-class _Layer(Protocol):
-    """A layer whose matrix was rearranged for the CPU."""
-
-    weight: torch.Tensor
-    quant_method: _QuantMethod
-
-
 @attrs.define(kw_only=True, eq=False)
 class Inside:
     """A running vLLM; a handle.
@@ -70,7 +56,6 @@ class Inside:
         llm: its outside.
         runner: what is below it.
         model: vLLM's own model.
-        parameters: names of the parameters of that model.
         temperature: divides the logits from now on.
         loaded: parameters that the load under way has reached; None outside of a load.
         owns_group: whether the default process group was made for this engine.
@@ -80,7 +65,6 @@ class Inside:
     llm: Llm
     runner: ModelRunner
     model: nn.Module
-    parameters: frozenset[str]
     temperature: float = 1.0
     loaded: set[str] | None = None
     owns_group: bool
@@ -105,13 +89,15 @@ def start_inside(
         EngineStateError: another one runs in this process.
     """
     if import_module("vllm.distributed.parallel_state").model_parallel_is_initialized():
-        raise EngineStateError("engine='vllm' runs in this process already and its groups are of the whole process; close it.")
+        raise EngineStateError(
+            "engine='vllm' runs in this process already and its groups are of the whole process; close it."
+        )
     owns_group = not dist.is_initialized()
     with undisturbed(), _memory_unbound(), tempfile.TemporaryDirectory() as directory:
         _write_config(model, directory)
         if owns_group:
-            # with a store in memory no port is opened and no file is written
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            # with a store in memory nothing is written and no other process can come in
+            dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
         try:
             llm = package.LLM(
                 model=directory,
@@ -135,9 +121,7 @@ def start_inside(
     cast("Any", llm.llm_engine).engine_core._finalizer.detach()  # noqa: SLF001
     worker = cast("Any", llm.collective_rpc(_itself)[0])
     runner: ModelRunner = worker.model_runner
-    own = runner.get_model()
-    parameters = frozenset(name for name, _ in own.named_parameters())
-    inside = Inside(llm=llm, runner=runner, model=own, parameters=parameters, owns_group=owns_group)
+    inside = Inside(llm=llm, runner=runner, model=runner.get_model(), owns_group=owns_group)
     try:
         _check_heads(inside)
         _scale_logits(inside)
@@ -176,7 +160,7 @@ def _write_config(model: PreTrainedModel, directory: str) -> None:
 
 def _refusal(model: nn.Module, error: Exception, *, cache_gb: float) -> Exception:
     said = " ".join(str(error).split())[:300]
-    if "KV cache" in said:
+    if "KV cache" in said or "cache blocks" in said:
         return ConfigError(f"cache_gb={cache_gb!r} does not suffice ({said}); raise it.")
     return UnsupportedError(
         f"model={type(model).__name__} does not start in vLLM ({said}); use the engine 'hf', or another architecture."
@@ -185,8 +169,9 @@ def _refusal(model: nn.Module, error: Exception, *, cache_gb: float) -> Exceptio
 
 def _check_heads(inside: Inside) -> None:
     """Refuse sizes of attention heads that vLLM would refuse at the first token."""
-    for layer in inside.model.modules():
-        sizes = layer.attn_backend.get_supported_head_sizes() if hasattr(layer, "attn_backend") else []
+    for module in inside.model.modules():
+        layer = cast("Any", module)
+        sizes: list[int] = layer.attn_backend.get_supported_head_sizes() if hasattr(layer, "attn_backend") else []
         if sizes and layer.head_size not in sizes:
             raise UnsupportedError(
                 f"head_dim={layer.head_size!r} is not among the sizes that vLLM's attention takes, {sizes}; change "
@@ -200,8 +185,8 @@ def _scale_logits(inside: Inside) -> None:
     found = [module for module in inside.model.modules() if isinstance(module, kind)]
     if not found:
         raise UnsupportedError(
-            f"model={type(inside.model).__name__} makes its logits in a way of its own, whose logprobs at a temperature "
-            "cannot be reported; use the engine 'hf'."
+            f"model={type(inside.model).__name__} makes its logits in a way of its own, whose logprobs at a "
+            "temperature cannot be reported; use the engine 'hf'."
         )
 
     def scale(module: nn.Module, args: object, logits: torch.Tensor) -> torch.Tensor:
@@ -232,74 +217,6 @@ def run_requests(
             engine = cast("Any", inside.llm.llm_engine)
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise
-
-
-def begin_load(inside: Inside) -> None:
-    """Make the model ready to be loaded anew; a load that was not ended is ended.
-
-    Args:
-        inside: a running vLLM.
-    """
-    if inside.loaded is not None:
-        end_load(inside)
-    _reload().initialize_layerwise_reload(inside.model)
-    inside.loaded = set()
-
-
-def load(inside: Inside, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Load tensors, of which nothing is kept.
-
-    Args:
-        inside: a running vLLM whose load has begun.
-        tensors: (name, tensor) with transformers' names.
-    """
-    assert inside.loaded is not None  # noqa: S101 (the life cycle of engines allows no other order)
-    storages: set[int] = set()
-
-    def noted() -> Iterable[tuple[str, torch.Tensor]]:
-        for name, tensor in tensors:
-            storages.add(tensor.untyped_storage().data_ptr())
-            yield name, tensor
-
-    with torch.no_grad(), _in_config(inside):
-        inside.loaded |= cast("Any", inside.model).load_weights(noted())
-    _keep_nothing(inside, storages)
-
-
-def _keep_nothing(inside: Inside, storages: set[int]) -> None:
-    """Copy what vLLM keeps of the tensors until the other parts of a layer come: they are the caller's, to write to."""
-    infos = _reload().layerwise.LAYERWISE_INFO
-    for layer in inside.model.modules():
-        for _, call in infos[layer].loaded_weights if layer in infos else ():
-            tensor = call.arguments["loaded_weight"]
-            if tensor.untyped_storage().data_ptr() in storages:
-                call.arguments["loaded_weight"] = tensor.clone()
-
-
-def end_load(inside: Inside) -> frozenset[str]:
-    """Return the parameters that the load did not reach, after it has ended.
-
-    Args:
-        inside: a running vLLM whose load has begun.
-    """
-    loaded, inside.loaded = inside.loaded or set(), None
-    with torch.no_grad(), _in_config(inside):
-        _reload().finalize_layerwise_reload(inside.model, inside.runner.model_config)
-        _rearrange_tied(inside.model)
-    return inside.parameters - loaded
-
-
-def _rearrange_tied(model: nn.Module) -> None:
-    """Rearrange matrices anew that several layers share: vLLM does it for the layer alone that was loaded by name.
-
-    On a CPU a layer multiplies with a rearranged copy. A head that is tied to the embedding shares its matrix, and has
-    a copy of its own, which would stay the old one.
-    """
-    layers = [cast("_Layer", layer) for layer in model.modules() if hasattr(layer, "cpu_linear")]
-    owners = [id(module.weight) for module in model.modules() if isinstance(getattr(module, "weight", None), nn.Parameter)]
-    for layer in layers:
-        if layer.weight.numel() and owners.count(id(layer.weight)) > 1:
-            layer.quant_method.process_weights_after_loading(layer)
 
 
 def free_cache(inside: Inside) -> None:
@@ -341,20 +258,11 @@ def stop_inside(inside: Inside) -> None:
 
 
 def _leave_groups(*, owns_group: bool) -> None:
-    state = import_module("vllm.distributed.parallel_state")
+    state = cast("Any", import_module("vllm.distributed.parallel_state"))
     state.destroy_model_parallel()
     if owns_group:
         state.destroy_distributed_environment()
         return
-    if state._WORLD is not None:
-        state._WORLD.destroy()
-    state._WORLD = state._NODE_COUNT = None
-
-
-def _in_config(inside: Inside) -> AbstractContextManager[object]:
-    enter: Callable[[object], AbstractContextManager[object]] = import_module("vllm.config").set_current_vllm_config
-    return enter(inside.runner.vllm_config)
-
-
-def _reload() -> ModuleType:
-    return import_module("vllm.model_executor.model_loader.reload")
+    if state._WORLD is not None:  # noqa: SLF001 (the public way destroys the default group, too)
+        state._WORLD.destroy()  # noqa: SLF001
+    state._WORLD = state._NODE_COUNT = None  # noqa: SLF001
