@@ -39,7 +39,7 @@ _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the cores are the trainer's, too
     "VLLM_NO_USAGE_STATS": "1",  # nothing is told to anybody
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "0",  # nothing is unpickled
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "0",  # no pickle comes in from outside
     "VLLM_PLUGINS": "",  # no code of other packages
 }
 """What vLLM is told while it is imported and started."""
@@ -124,7 +124,7 @@ def import_vllm() -> Vllm:
     """
     if "VLLM_CONFIGURE_LOGGING" not in os.environ:
         # it warns of much that is as it should be here, such as that nobody brought a tokenizer
-        logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"))
+        logging.getLogger("vllm").setLevel(logging.ERROR)
     with undisturbed():
         try:
             package = cast("Vllm", import_module("vllm"))
