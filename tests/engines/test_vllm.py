@@ -267,12 +267,15 @@ def test_a_second_engine_of_a_process_is_refused(engines: ExitStack) -> None:
 
 
 def test_what_vllm_cannot_run_is_refused_when_it_starts(engines: ExitStack) -> None:
-    """Heads of another size, a cache that is too small and no language model are refused, and leave nothing."""
+    """Heads of another size, a cache that is too small and what vLLM computes otherwise are refused."""
     with pytest.raises(UnsupportedError, match="head_dim=8 is not among the sizes"):
         start(engines, policy(hidden_size=16))
     with pytest.raises(ConfigError, match=r"cache_gb=1e-06 does not suffice"):
         start(engines, policy(), EngineConfig(type="vllm", cache_gb=1e-6))
     with pytest.raises(UnsupportedError, match="is no causal language model"):
         start(engines, nn.Linear(2, 2))
+    experts = ModelConfig(architecture="qwen3_moe", hidden_size=64, num_heads=2, max_length=32, initializer_range=0.25)
+    with pytest.raises(UnsupportedError, match=r"model=Qwen3MoeForCausalLM is another one in vLLM: a logprob is"):
+        start(engines, build_model(experts, build_character_tokenizer("0123456789+"), seed=0))
     assert not dist.is_initialized()
     assert len(generate(start(engines, policy()), GREEDY)) == len(PROMPTS)

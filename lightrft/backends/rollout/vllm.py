@@ -34,6 +34,7 @@ from lightrft.strategy.protocols.rollout import (
     Prompt,
     SamplingParams,
 )
+from lightrft.weight_sync import PROBE_BOUNDS, probe_difference
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,7 +74,13 @@ def build_vllm(config: EngineConfig) -> Engine:
 
     def start(source: EngineSource) -> EngineHandle:
         state = _start(package, source.model, config)
-        return EngineHandle(engine=engine, status="awake", weight_version=0, state=state)
+        handle = EngineHandle(engine=engine, status="awake", weight_version=0, state=state)
+        try:
+            _require_same(handle, source.model)
+        except BaseException:
+            close(handle)
+            raise
+        return handle
 
     def generate(handle: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
         state = _state(handle)
@@ -164,6 +171,16 @@ def _start(package: Vllm, model: nn.Module, config: EngineConfig) -> _State:
         raise
     shapes = {name: tensor.shape for name, tensor in weights.items()}
     return _State(inside=inside, limits=limits, shapes=shapes, written=set())
+
+
+def _require_same(handle: EngineHandle, model: nn.Module) -> None:
+    """Refuse a model that vLLM computes or loads otherwise, before anything is made of it."""
+    difference = probe_difference(handle, model)
+    if difference > PROBE_BOUNDS[next(model.parameters()).dtype]:
+        raise UnsupportedError(
+            f"model={type(model).__name__} is another one in vLLM: a logprob is {difference:.3g} nats from that of its "
+            "own forward; use the engine 'hf'."
+        )
 
 
 def _run(package: Vllm, inside: Inside, prompts: Sequence[Prompt], sampling: SamplingParams) -> Sequence[RequestOutput]:
