@@ -10,7 +10,7 @@ import attrs
 
 from lightrft.config.root import Config
 from lightrft.data.sampler import ResumableSampler
-from lightrft.errors import InterruptedRunError
+from lightrft.errors import CheckpointError, InterruptedRunError
 from lightrft.loops.interrupt import ShouldStop
 from lightrft.loops.parts import Parts
 from lightrft.loops.ranks import gather_texts
@@ -152,13 +152,24 @@ def stop_if_asked(run: Run, state_of: Mapping[str, nn.Module | Trainable], state
     stop = next(iter(gather_texts(run.strategy, [asked] if asked else [])), None)
     if stop is None:
         return
+    failure = _failure_of_last(run)
     _save(run, state_of, state)
     if run.background is not None:
         run.background.wait()
     raise InterruptedRunError(
         f"{stop}: stopped after step {state.step} with a checkpoint in {checkpoint_dir(run.config)}; "
-        "run the same command to go on."
+        f"run the same command to go on.{failure}"
     )
+
+
+def _failure_of_last(run: Run) -> str:
+    """Return in words why the last save in the background failed, so that it keeps no other from being tried."""
+    try:
+        if run.background is not None:
+            run.background.wait()
+    except CheckpointError as error:
+        return f" Before that, {error}"
+    return ""
 
 
 def is_evaluation_due(config: RunConfig, state: RunState) -> bool:

@@ -72,6 +72,7 @@ class LiveTensor:
         part: says what this rank has.
         is_whole: whether every rank has all of it, the same on all of them.
         is_buffer: whether a forward pass may change it; else only a step, an average, a load or a move does.
+        counted: where torch counts the writes to the part, if that is another tensor.
     """
 
     shape: Sequence[int]
@@ -79,6 +80,7 @@ class LiveTensor:
     part: ReadPart
     is_whole: bool
     is_buffer: bool = False
+    counted: torch.Tensor | None = None
 
 
 class CopyInto(Protocol):

@@ -80,6 +80,8 @@ def _run(save: Callable[[], None], last: _Last) -> None:
         save()
     except Exception as error:  # noqa: BLE001 (whoever waits raises it)
         last.failure = error
+    except BaseException as error:  # noqa: BLE001 (of a thread, which nobody else would see)
+        last.failure = CheckpointError(f"a save in the background ended in {error!r}; save again.")
 
 
 def _note_failure(error: Exception, wait: Callable[[], None]) -> None:

@@ -121,8 +121,8 @@ def _begin(
                 words = f"{words} Earlier checkpoints are as they were."
             raise CheckpointError(f"saving step={destination.step} in the background: {words}") from error
 
-    mark_copied(handles, copied)
     try:
+        mark_copied(handles, copied)
         background.start(save)
     except BaseException:
         copied.set()

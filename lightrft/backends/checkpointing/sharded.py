@@ -84,6 +84,7 @@ def live_tensor(tensor: torch.Tensor, name: str, *, is_buffer: bool = False) -> 
         part=part,
         is_whole=not is_sharded(tensor),
         is_buffer=is_buffer,
+        counted=tensor.detach() if is_sharded(tensor) else None,
     )
 
 

@@ -40,14 +40,16 @@ class _Copy:
         values: the live ones, until they are copied.
         start: number of the first of them in the whole tensor.
         is_live: whether they are not copied yet.
-        version: how often the live values had been changed; None where torch does not count.
+        counted: where torch counts the writes to the live values.
+        versions: how many there had been.
     """
 
     name: str
     values: torch.Tensor
     start: int
     is_live: bool
-    version: int | None
+    counted: list[torch.Tensor]
+    versions: list[int]
 
 
 def snapshot_of(content: CheckpointContent, world: World) -> Snapshot:
@@ -110,13 +112,16 @@ def _copied(each: Range, world: World, copies: deque[_Copy]) -> LiveTensor:
         return tensor
     part = tensor.part()
     live = part.values.detach()
+    is_now = tensor.is_buffer or live.is_inference()  # of which nobody counts the writes
     copy = _Copy(
         name=each.name,
-        values=live.clone() if tensor.is_buffer else live,
+        values=live.clone() if is_now else live,
         start=part.start,
-        is_live=not tensor.is_buffer,
-        version=_version(live),
+        is_live=not is_now,
+        counted=[each for each in (live, tensor.counted) if each is not None],
+        versions=[],
     )
+    copy.versions = _versions(copy)
     copies.append(copy)
 
     def copied_part() -> Part:
@@ -132,12 +137,14 @@ def _copy(copy: _Copy) -> None:
         copy.values = live.cpu()
         return
     copy.values = torch.empty_like(live, device="cpu", memory_format=torch.contiguous_format).copy_(live)
-    if _version(live) != copy.version:
+    if _versions(copy) != copy.versions:
         raise CheckpointError(
             f"{copy.name} was changed while it was copied; change models and optimizers through the strategy, or call "
             "background.wait() before."
         )
 
 
-def _version(values: torch.Tensor) -> int | None:
-    return None if values.is_inference() else values._version  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # no public name
+def _versions(copy: _Copy) -> list[int]:
+    if not copy.is_live:
+        return []
+    return [each._version for each in copy.counted]  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # no public name

@@ -43,7 +43,8 @@ def collectives_apart(world: World) -> Generator[CollectiveFunctions]:
     try:
         yield build_collectives_of(group, world)
     finally:
-        dist.destroy_process_group(group)
+        if dist.is_initialized():  # else `teardown` came before, and took it along
+            dist.destroy_process_group(group)
 
 
 def _timeout() -> timedelta:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightrft.cli.checkpoint.answer import Answer
 from lightrft.cli.checkpoint.place import checkpoints_in, known_steps
 from lightrft.cli.terminal import table
-from lightrft.errors import ConfigError
+from lightrft.errors import CheckpointError, ConfigError
 from lightrft.planning.line import readable_bytes
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def prune(args: argparse.Namespace, paths: Sequence[str]) -> Answer:
 
     Raises:
         ConfigError: there is no limit, a number makes no sense, or there is no checkpoint.
-        CheckpointError: one cannot be removed.
+        CheckpointError: the newest one is damaged, or one cannot be removed.
     """
     from lightrft.backends.checkpointing.durable import disk_errors
     from lightrft.backends.checkpointing.inventory import size_of
@@ -39,7 +40,8 @@ def prune(args: argparse.Namespace, paths: Sequence[str]) -> Answer:
     known = known_steps(directory)
     going = surplus(directory, retention)
     sizes = {step: size_of(path) for step, path in going.items()}
-    if not args.dry_run:
+    if not args.dry_run and going:
+        _require_newest(directory, max(known))
         for path in going.values():
             with disk_errors("directory", path, advice="those that are newer stay as they were"):
                 remove(path)
@@ -61,6 +63,19 @@ def prune(args: argparse.Namespace, paths: Sequence[str]) -> Answer:
             f"{len(going)} {verb}, {readable_bytes(total)} ({total:,} bytes); {stay}",
         ],
     )
+
+
+def _require_newest(directory: Path, step: int) -> None:
+    """Check that what a run would go on from is whole before older ones go."""
+    from lightrft.backends.checkpointing.layout import checkpoint_path
+    from lightrft.backends.checkpointing.manifest import find_damage
+
+    damage = find_damage(checkpoint_path(directory, step), step=step)
+    if damage:
+        raise CheckpointError(
+            f"{next(iter(damage.values()))} That is the newest one, so nothing was removed; remove "
+            f"{checkpoint_path(directory, step)} by hand first."
+        )
 
 
 def _retention(args: argparse.Namespace) -> Retention:
