@@ -12,7 +12,7 @@ from lightrft.testing.laws.registry import ENGINE_LAWS, STRATEGY_LAWS, laws_of
 from lightrft.testing.mutants import registry
 from lightrft.testing.mutants.registry import MUTANTS
 
-SETTINGS = settings(draw_settings(100), phases=(Phase.generate,))
+SETTINGS = settings(draw_settings(500), phases=(Phase.generate,))
 """Nearly every bug is found by the default of 30 examples; which ones a seed draws depends on what was imported before.
 
 None is made smaller, since nobody reads them.

@@ -371,6 +371,7 @@ def _in_order(rank: Rank, case: OrderCase) -> InOrder:
             strategy.save_ckpt(tiny(strategy, step), directory, step=step, max_num=case.max_num, background=background)
             newest.append(strategy.latest_ckpt(directory))
         strategy.barrier()
+    strategy.barrier()  # simulated ranks are threads of one process, and all of them must have left
     left = [thread for thread in threading.enumerate() if thread not in before]
     strategy.barrier()
     each = tuple(loaded(strategy, directory, step=step) for step in range(1, case.saves + 1))
