@@ -24,11 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None takes those of the process.
 
     Example:
-        >>> main(["engines"])
-        key       installed  what it is
-        hf        yes        batched decoding of transformers models
-        scripted  yes        prepared completions, for tests of a loop
-        0
+        >>> main(["checkpoint"])
+        2
     """
     given = list(sys.argv[1:] if argv is None else argv)
     tolerant_output()
