@@ -152,9 +152,9 @@ class SaveCkpt(Protocol):
 
         With `background` the call first waits until the save before it is committed, checks everything, begins to copy
         the state, and returns. Until the copy is there, all that changes this state waits, and no longer:
-        `optimizer_step` and the optimizer's own `step`, `moving_average` into a saved model, `load_ckpt`, `load_model`,
-        `offload` and `reload`. Then the checkpoint is written while training goes on. Each rank needs main memory for
-        its part of the state until that is written.
+        `optimizer_step`, the own `step` of every optimizer that has one of the saved parameters, `moving_average` into
+        a saved model, `load_ckpt`, `load_model`, `offload` and `reload`. Then the checkpoint is written while training
+        goes on. Each rank needs main memory for its part of the state until that is written.
 
         Args:
             model: what to save.
