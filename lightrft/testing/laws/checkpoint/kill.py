@@ -8,9 +8,11 @@ process, which has torch loaded already.
 from __future__ import annotations
 
 import errno
+import faulthandler
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -63,6 +65,7 @@ class Survivors:
 
     Attributes:
         status: exit status of the writer; negative is the signal.
+        said: what the writer said when it ended otherwise; the stacks of one that took too long.
         refusal: the error that the save ended in, or None.
         latest: the newest step.
         newest: what is loaded without a step.
@@ -71,6 +74,7 @@ class Survivors:
     """
 
     status: int
+    said: str
     refusal: Refusal | None
     latest: int | None
     newest: Loaded
@@ -102,8 +106,8 @@ def _killed(rank: Rank, case: StopCase) -> Survivors:
         with _stopped(_CHANGES, case.moment % operations, die):
             strategy.save_ckpt(model, directory, step=step, max_num=case.max_num, client_state={"step": step})
 
-    status = _exit_status(save)
-    return _survivors(strategy, directory, case, status=status, refusal=None)
+    status, said = _in_child(save, rank.directory / "writer.log")
+    return _survivors(strategy, directory, case, status=status, said=said, refusal=None)
 
 
 def _full(rank: Rank, case: StopCase) -> Survivors:
@@ -117,7 +121,7 @@ def _full(rank: Rank, case: StopCase) -> Survivors:
         with _stopped(_NEEDS_SPACE, case.moment % operations, fail):
             _save(strategy, directory, case, case.committed + 1)
 
-    return _survivors(strategy, directory, case, status=0, refusal=refusal_of(save))
+    return _survivors(strategy, directory, case, refusal=refusal_of(save))
 
 
 def _commit(strategy: Strategy, directory: Path, case: StopCase, names: frozenset[str]) -> int:
@@ -134,18 +138,19 @@ def _save(strategy: Strategy, directory: Path, case: StopCase, step: int) -> Non
 
 
 def _survivors(
-    strategy: Strategy, directory: Path, case: StopCase, *, status: int, refusal: Refusal | None
+    strategy: Strategy, directory: Path, case: StopCase, *, refusal: Refusal | None, status: int = 0, said: str = ""
 ) -> Survivors:
     latest, newest = strategy.latest_ckpt(directory), loaded(strategy, directory)
     each = tuple(loaded(strategy, directory, step=step) for step in range(1, case.committed + 2))
     then = saved_and_loaded(strategy, directory, (latest or 0) + 1)
-    return Survivors(status=status, refusal=refusal, latest=latest, newest=newest, each=each, then=then)
+    return Survivors(status=status, said=said, refusal=refusal, latest=latest, newest=newest, each=each, then=then)
 
 
 def _killed_holds(harness: Harness, case: StopCase) -> None:
     for seen in harness.run(_killed, case):
         if seen.status not in {0, -signal.SIGKILL}:
-            raise LawError(f"the writer ended with status {seen.status} before it was killed; saving must succeed.")
+            ended = f"the writer ended with status {seen.status} before it was killed"
+            raise LawError(f"{ended}; saving must succeed. It said: {seen.said}")
         _require_survivors(seen, case, f"a save was killed before operation {case.moment}")
 
 
@@ -209,7 +214,8 @@ def _touches_files(function: object) -> bool:
     return module in {"posix", "_io", "io"}
 
 
-def _exit_status(action: Callable[[], None]) -> int:
+def _in_child(action: Callable[[], None], log: Path) -> tuple[int, str]:
+    """Return how a fork of this process ended that did this, and what it said."""
     with warnings.catch_warnings():
         # later Pythons warn where there are threads; the child uses none of them
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -217,13 +223,16 @@ def _exit_status(action: Callable[[], None]) -> int:
     if process == 0:
         status = 1
         try:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(_SECONDS)
-            action()
-            status = 0
+            with log.open("w", encoding="utf-8") as file:
+                faulthandler.dump_traceback_later(_SECONDS, exit=True, file=file)
+                try:
+                    action()
+                    status = 0
+                except BaseException:  # noqa: BLE001 - it is told by the parent
+                    traceback.print_exc(file=file)
         finally:
             os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), log.read_text(encoding="utf-8")
 
 
 LAWS: tuple[Law, ...] = (
