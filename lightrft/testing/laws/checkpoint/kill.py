@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import faulthandler
+import gc
 import os
 import signal
 import sys
@@ -221,6 +222,7 @@ def _in_child(action: Callable[[], None], log: Path) -> tuple[int, str]:
         warnings.simplefilter("ignore", DeprecationWarning)
         process = os.fork()
     if process == 0:
+        gc.disable()  # what is collected here may wait for threads that only the parent has: a group of gloo does
         status = 1
         try:
             with log.open("w", encoding="utf-8") as file:
