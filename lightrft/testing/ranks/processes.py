@@ -6,7 +6,7 @@ Whatever happens in a worker, the caller is told within the timeout, and the nex
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -124,7 +124,7 @@ def _run(pool: _Pool, program: Program[_Case, _Evidence], case: _Case) -> list[_
             job = Job(program=name, case=written, directory=str(directory), group=pool.group)
             for worker in pool.workers:
                 say(worker, to_json(job, Job))
-            replies = _collect(pool, pool.timeout)
+            replies = _collect(pool, pool.timeout, free=(_close_group, _end_ended))
         except BaseException:  # workers that still run, or will never answer, are of no use to the next program
             _end(pool)
             raise
@@ -154,11 +154,16 @@ def _raise_first(pool: _Pool, replies: dict[int, Reply]) -> None:
             raise raised_by(reply.failure, rank)
 
 
-def _collect(pool: _Pool, timeout: float) -> dict[int, Reply]:
-    """Return the replies of workers in the order of their arrival: all, unless a failed one stopped the rest."""
+def _collect(
+    pool: _Pool, timeout: float, *, free: Sequence[Callable[[_Pool, dict[int, Reply]], None]] = ()
+) -> dict[int, Reply]:
+    """Return the replies of workers in the order of their arrival: all, unless a failed one stopped the rest.
+
+    Where some have replied and the rest may wait for them, the ways in `free` are tried, one after the other.
+    """
     replies: dict[int, Reply] = {}
     deadline, patience = time.monotonic() + timeout, float("inf")
-    ways: list[Callable[[_Pool, dict[int, Reply]], None]] = []
+    ways = list(free)
     while len(replies) < pool.world_size:
         try:
             rank, line = pool.lines.get(timeout=max(0.0, min(deadline, patience) - time.monotonic()))
@@ -178,7 +183,7 @@ def _collect(pool: _Pool, timeout: float) -> dict[int, Reply]:
             end_workers(pool.workers)  # before anybody asks for its exit code: then its number may be another process's
             raise LawError(f"{exit_words(worker)}\n{calls}")
         replies[rank] = from_json(line, Reply)
-        ways, patience = [_close_group, _end_ended], time.monotonic() + _PATIENCE_SECONDS
+        ways, patience = list(free), time.monotonic() + _PATIENCE_SECONDS if free else float("inf")
         if replies[rank].failure:
             deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
     if any(worker.process.returncode is not None for worker in pool.workers):

@@ -124,6 +124,7 @@ def _subject(start: Start) -> Subject:
 def _join_group(store: Store, place: _Place) -> None:
     timeout = timedelta(seconds=place.timeout)
     dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
+    dist.barrier()  # a rank that is through, and leaves, would break the connections that others still make
 
 
 def _leave_group() -> None:

@@ -112,14 +112,21 @@ def test_operations_are_seen_and_stopped(tmp_path: Path) -> None:
     assert left[-1] == ["a", "c"]
 
 
-def test_a_writer_is_killed_in_a_process_of_its_own() -> None:
-    """The exit status tells whether the child ended, failed or was killed, and this process goes on."""
+def test_a_writer_is_killed_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """The status tells whether the child ended, failed or was killed; what it said is read; this process goes on."""
 
     def kill_myself() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    assert kill._exit_status(kill_myself) == -signal.SIGKILL
-    assert kill._exit_status(os.getpid) == 0
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    log = tmp_path / "writer.log"
+    assert kill._in_child(kill_myself, log) == (-signal.SIGKILL, "")
+    assert kill._in_child(os.getpid, log) == (0, "")
+    status, said = kill._in_child(fail, log)
+    assert status == 1
+    assert said.endswith("No space left on device\n")
 
 
 def test_pickles_are_told_from_data(tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ def _touches_files(function: object) -> bool:
     return module in {"posix", "_io", "io"}
 
 
-def _in_child(action: Callable[[], None], log: Path) -> tuple[int, str]:
+def _in_child(action: Callable[[], object], log: Path) -> tuple[int, str]:
     """Return how a fork of this process ended that did this, and what it said."""
     with warnings.catch_warnings():
         # later Pythons warn where there are threads; the child uses none of them
