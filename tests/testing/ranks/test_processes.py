@@ -67,6 +67,16 @@ def can_go_on(run: RunOnRanks, programs: ModuleType) -> bool:
     return [seen.rank for seen in run(programs.report, programs.Sample(rows=((1.0,),), name=""))] == [0, 1]
 
 
+def test_a_slow_start_of_one_rank_ends_no_other(programs: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that have started are not taken for ranks that have ended while another one still starts."""
+    del programs
+    late = importlib.import_module("late_programs")
+    monkeypatch.setattr("lightrft.testing.ranks.processes._PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr("lightrft.testing.ranks.processes._CLOSING_SECONDS", 0.5)
+    with processes(subject_of(late.build_late, "strategy"), RANKS, timeout=60) as run_on_ranks:
+        assert run_on_ranks(late.number, 5) == [5, 6]
+
+
 def test_cases_and_evidence_travel_by_type(run: RunOnRanks, programs: ModuleType) -> None:
     """Records, tensors, settings and secrets arrive as they are, and what programs print disturbs nobody."""
     case = programs.Sample(rows=((0.1, 2.0), (3.0, float("inf"))), name="two\nlines")
