@@ -7,22 +7,16 @@ import platform
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import attrs
 import torch
 
-from lightrft.config import EngineConfig, ModelConfig, StrategyConfig
+from lightrft.cli.engine_life import STEPS, live
+from lightrft.cli.trial import take_step, tiny_actor, tiny_loss, tiny_strategy
+from lightrft.config import EngineConfig
 from lightrft.errors import MissingPackageError
-from lightrft.models.build import build_model_and_tokenizer
-from lightrft.strategy import get_strategy
-from lightrft.strategy.protocols.rollout import Prompt, SamplingParams
 from lightrft.strategy.registry import registered_engines, registered_strategies
-
-if TYPE_CHECKING:
-    from lightrft.models.tokenizer import ModelTokenizer
-    from lightrft.strategy.protocols.training import Trainable
-    from lightrft.strategy.record import Strategy
 
 __all__ = ["CHECKS", "Check", "Look"]
 
@@ -85,33 +79,8 @@ def _registries() -> str:
     return f"{', '.join(registered_strategies())}; engines: {', '.join(registered_engines())}"
 
 
-def _strategy() -> Strategy:
-    return get_strategy(StrategyConfig(strategy="single", seed=0, actor_learning_rate=1e-2))
-
-
-def _model(strategy: Strategy) -> tuple[Trainable, ModelTokenizer]:
-    config = ModelConfig(hidden_size=16, num_layers=1, num_heads=2, max_length=32, alphabet="0123456789+")
-    model, tokenizer = build_model_and_tokenizer(config, seed=0)
-    actor, _, _, _ = strategy.prepare_models_and_optimizers(model, None, None, None, None, 2)
-    return actor, tokenizer
-
-
-def _loss(actor: Trainable) -> torch.Tensor:
-    device = next(actor.model.parameters()).device
-    ids = torch.arange(2, 10, device=device)[None]
-    output: torch.Tensor = actor.model(input_ids=ids, labels=ids).loss
-    return output
-
-
-def _step(strategy: Strategy, actor: Trainable) -> None:
-    strategy.backward(_loss(actor), actor.model, actor.optimizer)
-    result = strategy.optimizer_step(actor.optimizer, actor.model, actor.scheduler)
-    if not result.stepped:
-        raise RuntimeError(f"the optimizer did not step ({result.skipped_reason})")
-
-
 def _collective() -> str:
-    strategy = _strategy()
+    strategy = tiny_strategy()
     world = strategy.setup_distributed()
     try:
         total = strategy.all_reduce(torch.ones(3, device=world.device), "sum").sum().item()
@@ -123,13 +92,13 @@ def _collective() -> str:
 
 
 def _training() -> str:
-    strategy = _strategy()
+    strategy = tiny_strategy()
     strategy.setup_distributed()
     try:
-        actor, _ = _model(strategy)
-        before = _loss(actor).item()
-        _step(strategy, actor)
-        after = _loss(actor).item()
+        actor, _ = tiny_actor(strategy)
+        before = tiny_loss(actor).item()
+        take_step(strategy, actor)
+        after = tiny_loss(actor).item()
     finally:
         strategy.teardown()
     if not after < before:
@@ -138,18 +107,18 @@ def _training() -> str:
 
 
 def _checkpoint() -> str:
-    strategy = _strategy()
+    strategy = tiny_strategy()
     strategy.setup_distributed()
     try:
-        actor, _ = _model(strategy)
-        _step(strategy, actor)
-        before = _loss(actor).item()
+        actor, _ = tiny_actor(strategy)
+        take_step(strategy, actor)
+        before = tiny_loss(actor).item()
         with tempfile.TemporaryDirectory() as directory:
             path = strategy.save_ckpt({"actor": actor}, directory)
             num_bytes = sum(file.stat().st_size for file in Path(path).iterdir())
-            _step(strategy, actor)
+            take_step(strategy, actor)
             strategy.load_ckpt({"actor": actor}, directory)
-        after = _loss(actor).item()
+        after = tiny_loss(actor).item()
     finally:
         strategy.teardown()
     if after != before:
@@ -158,26 +127,7 @@ def _checkpoint() -> str:
 
 
 def _engine() -> str:
-    strategy = _strategy()
-    strategy.setup_distributed()
-    try:
-        actor, tokenizer = _model(strategy)
-        prompts = [Prompt(token_ids=tuple(tokenizer.encode("1+1", add_special_tokens=False)))]
-        sampling = SamplingParams(temperature=0.0, max_new_tokens=4)
-        with strategy.setup_inference_engine(EngineConfig(type="hf"), actor=actor.model, tokenizer=tokenizer) as engine:
-            _step(strategy, actor)
-            report = strategy.update_engine_weights(engine, actor.model)
-            first = strategy.gather_and_generate(engine, prompts, sampling)
-            engine.engine.sleep(engine)
-            engine.engine.wake(engine)
-            second = strategy.gather_and_generate(engine, prompts, sampling)
-    finally:
-        strategy.teardown()
-    if first != second:
-        raise RuntimeError(f"{first!r} before sleeping and {second!r} after waking")
-    return (
-        f"hf: {report.num_tensors} tensors synced, logprobs within {report.max_logprob_difference:.1g} of the trainer's"
-    )
+    return f"hf: {dict(zip(STEPS, live(EngineConfig(type='hf')), strict=True))['verify']}"
 
 
 CHECKS: tuple[Check, ...] = (

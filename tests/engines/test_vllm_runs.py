@@ -1,0 +1,75 @@
+"""What is run with the engine "vllm" from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lightrft.backends.rollout.vllm_package import require_vllm
+from lightrft.cli import main
+from lightrft.errors import MissingPackageError
+
+try:
+    require_vllm()
+except MissingPackageError as missing:
+    pytest.skip(str(missing), allow_module_level=True)
+
+# other people's packages warn while they are imported
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+CONFIG = """\
+[strategy]
+strategy = "single"
+train_batch_size = 8
+micro_train_batch_size = 4
+actor_learning_rate = 1e-2
+[model]
+hidden_size = 64
+num_layers = 1
+num_heads = 2
+max_length = 16
+alphabet = "0123456789+="
+[data]
+path = "problems.jsonl"
+heldout_size = 6
+[engine]
+max_new_tokens = 4
+[algorithm]
+prompts_per_step = 2
+num_samples = 4
+[checkpoint]
+save_every = 3
+[run]
+dir = "run"
+num_steps = 3
+threads = 1
+"""
+
+
+def test_the_doctor_takes_it_through_its_life(capsys: pytest.CaptureFixture[str]) -> None:
+    """A start, completions, a verified sync, sleep, waking and a close, each with a row."""
+    assert main(["doctor", "--engine", "vllm"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    steps = ["step", "start", "generate", "sync", "verify", "sleep", "wake", "close"]
+    assert [line.split()[0] for line in lines] == steps
+
+
+def test_a_configuration_runs_with_it_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--engine vllm` is all that a run of the engine "hf" needs; its logprobs are the trainer's in every step."""
+    problems = [json.dumps({"prompt": f"{x}+{y}=", "answer": str(x + y)}) for x in range(6) for y in range(5)]
+    (tmp_path / "problems.jsonl").write_text("\n".join(problems))
+    (tmp_path / "run.toml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    rows = {}
+    for engine in ("hf", "vllm"):
+        arguments = ["--engine", engine, f"run.dir={engine}", "engine.cache_gb=0.01", "--quiet"]
+        assert main(["train", "run.toml", *arguments]) == 0
+        lines = (tmp_path / engine / "metrics.jsonl").read_text().splitlines()
+        rows[engine] = [json.loads(line) for line in lines]
+    assert [(row["kind"], row["step"]) for row in rows["vllm"]] == [(row["kind"], row["step"]) for row in rows["hf"]]
+    assert all(row["logprob_difference"] < 1e-5 for row in rows["vllm"] if row["kind"] == "step")
+    # what is greedy and made of the same weights is the same
+    assert rows["vllm"][0]["accuracy"] == rows["hf"][0]["accuracy"]
+    assert rows["vllm"][0]["reward"] == rows["hf"][0]["reward"]
