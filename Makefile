@@ -1,6 +1,7 @@
 # Every command makes its environment first; a second call finds it ready.
 #
 #   make demo    fine-tune a small model by reinforcement and show how much better it got
+#   make demo-vllm   the same with the engine "vllm", in an environment of its own
 #   make test    the tests
 #   make check   everything that a change must pass: style, types, import rules, tests with coverage, docs
 #   make laws    the laws of all strategies and engines under other seeds: make laws SEEDS=20
@@ -25,7 +26,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-vllm check lint types imports coverage docs laws laws-of-ranks bench clean
+.PHONY: demo demo-vllm test test-vllm check lint types imports coverage docs laws laws-of-ranks bench clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml
@@ -37,6 +38,10 @@ $(READY): pyproject.toml
 
 demo: $(READY)
 	$(BIN)/lightrft train examples/demo.toml run.dir=runs/demo-$(SEED) strategy.seed=$(SEED) data.seed=$(SEED)
+
+demo-vllm: $(VLLM_READY)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --editable '.[tasks]'
+	$(VLLM_VENV)/bin/lightrft train examples/demo.toml --engine vllm run.dir=runs/demo-vllm-$(SEED) strategy.seed=$(SEED) data.seed=$(SEED)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal

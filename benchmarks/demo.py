@@ -4,6 +4,8 @@ The seed changes the model's weights, the problems and the sampling. Training ti
 warm-up and reinforcement; the wall time of the command beside it has evaluations, checkpoints and start-up in it too.
 
     python benchmarks/demo.py --seeds 0 1 2 --write
+
+Another engine changes nothing else: `--engine vllm` writes a table of its own.
 """
 
 from __future__ import annotations
@@ -28,9 +30,9 @@ def rows_of(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def run(seed: int, folder: Path) -> list[str]:
-    """Run the demo with a seed and return its row of the table."""
-    settings = [f"run.dir={folder}", f"strategy.seed={seed}", f"data.seed={seed}"]
+def run(seed: int, engine: str, folder: Path) -> list[str]:
+    """Run the demo with a seed and an engine, and return its row of the table."""
+    settings = [f"run.dir={folder}", f"strategy.seed={seed}", f"data.seed={seed}", "--engine", engine]
     started = time.perf_counter()
     command = [sys.executable, "-m", "lightrft", "train", str(CONFIG), *settings, "--quiet"]
     subprocess.run(command, check=True, stdout=sys.stderr)  # noqa: S603  # our own command
@@ -56,18 +58,23 @@ def main() -> None:
     """Print the table, and write it to results/demo.md when asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--write", action="store_true", help="write results/demo.md")
+    parser.add_argument("--engine", default="hf", help="registry key of the engine (default hf)")
+    parser.add_argument(
+        "--write", action="store_true", help="write results/demo.md, or demo_ENGINE.md of another engine"
+    )
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in arguments.seeds:
-            rows.append(run(seed, Path(folder) / str(seed)))
+            rows.append(run(seed, arguments.engine, Path(folder) / str(seed)))
             print(rows[-1], file=sys.stderr)
-    text = f"{format_table(HEADER, rows)}\n\n{describe_machine('torch', 'transformers', 'reasoning-gym')}\n"
+    machine = describe_machine("torch", "transformers", "reasoning-gym")
+    text = f"{format_table(HEADER, rows)}\n\n{machine}, engine {arguments.engine}\n"
     print(text)
     if arguments.write:
-        write_results("demo", f"# {__doc__.strip()}\n\n{text}")
+        name = "demo" if arguments.engine == "hf" else f"demo_{arguments.engine}"
+        write_results(name, f"# {__doc__.strip()}\n\n{text}")
 
 
 if __name__ == "__main__":
