@@ -23,6 +23,7 @@ _FREE = (
     "checkpoint.",
     "run.threads",
     "run.dir",
+    "run.offload_while_generating",
     # who computes, and where parts lie: a checkpoint goes into any strategy and any number of ranks
     "strategy.strategy",
     "strategy.fsdp",  # and all that begin so

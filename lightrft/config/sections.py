@@ -254,6 +254,9 @@ class RunConfig:
         warmup_learning_rate: peak learning rate of the warm-up.
         warmup_until: the warm-up ends early once greedy completions solve this share of training problems; 0 is off.
             Steps that it did not need count as done.
+        offload_while_generating: whether the policy, its optimizer and the reference lie in main memory while the
+            engine generates; with `strategy.enable_engine_sleep`, learning and generating take turns in device memory.
+            On a CPU the two are one.
         threads: threads of one process for CPU tensor work, at most 1024 (torch crashes where the machine refuses
             more); 0 leaves torch's own choice.
     """
@@ -266,4 +269,5 @@ class RunConfig:
     warmup_size: int = attrs.field(default=0, validator=at_least(0, whole=True))
     warmup_learning_rate: float = attrs.field(default=1e-3, converter=real, validator=at_least(0))
     warmup_until: float = attrs.field(default=0.0, converter=real, validator=between(0, 1))
+    offload_while_generating: bool = attrs.field(default=False, validator=is_bool)
     threads: int = attrs.field(default=0, validator=between(0, 1024, whole=True))

@@ -18,9 +18,11 @@ from lightrft.data.sampler import ResumableSampler
 from lightrft.loops.collect import Scored, collect, sampling_params, shape_rewards
 from lightrft.loops.evaluate import evaluate
 from lightrft.loops.learn import Learned, learn
-from lightrft.loops.run import Run, build_actor, resume_from, row_of, stop_if_asked
+from lightrft.loops.memory_cycle import generating
+from lightrft.loops.run import Run, build_actor, learners_of, resume_from, row_of, stop_if_asked
 from lightrft.loops.state import RunState
 from lightrft.strategy.protocols.training import Trainable
+from lightrft.tracking.peaks import peak_values, watch_peak
 
 if TYPE_CHECKING:
     import torch
@@ -104,18 +106,19 @@ def reinforce(run: Run, learner: Learner, state: RunState) -> RunState:
     """
     config, strategy = run.config, run.strategy
     started = time.perf_counter()
-    strategy.wakeup_inference_engine(learner.engine)
-    scored = _collect(run, learner, state)
+    with watch_peak() as collecting, generating(strategy, learner.engine, *learners_of(run, state_of(learner))):
+        scored = _collect(run, learner, state)
     collected = time.perf_counter()
-    strategy.maybe_sleep_inference_engine(learner.engine)
-    rewards_B, statistics = shape_rewards(
-        scored, state.rewards, algorithm=config.algorithm, max_new_tokens=config.engine.max_new_tokens
-    )
-    learned = _learn(run, learner, scored, rewards_B)
+    with watch_peak() as learning:
+        rewards_B, statistics = shape_rewards(
+            scored, state.rewards, algorithm=config.algorithm, max_new_tokens=config.engine.max_new_tokens
+        )
+        learned = _learn(run, learner, scored, rewards_B)
     finished = time.perf_counter()
-    strategy.wakeup_inference_engine(learner.engine)
-    if learned is not None:
-        strategy.update_engine_weights(learner.engine, learner.actor.model)
+    with watch_peak() as syncing:
+        strategy.wakeup_inference_engine(learner.engine)
+        if learned is not None:
+            strategy.update_engine_weights(learner.engine, learner.actor.model)
     synced = time.perf_counter()
     state = attrs.evolve(
         state,
@@ -134,6 +137,7 @@ def reinforce(run: Run, learner: Learner, state: RunState) -> RunState:
         "sync_seconds": synced - finished,
         "seconds": synced - started,
         "tokens_per_second": num_tokens / (synced - started),
+        **peak_values(collect=collecting, learn=learning, sync=syncing),
     }
     run.tracker.log("timings", row_of(state, "step", timings))
     return state
@@ -154,16 +158,16 @@ def evaluate_and_log(run: Run, learner: Learner, state: RunState) -> RunState:
     def between_batches() -> None:
         stop_if_asked(run, state_of(learner), state)
 
-    run.strategy.wakeup_inference_engine(learner.engine)
-    result = evaluate(
-        run.strategy,
-        learner.engine,
-        run.parts.heldout,
-        tokenizer=run.parts.tokenizer,
-        reward=run.parts.reward,
-        config=run.config.engine,
-        between_batches=between_batches,
-    )
+    with generating(run.strategy, learner.engine, *learners_of(run, state_of(learner))):
+        result = evaluate(
+            run.strategy,
+            learner.engine,
+            run.parts.heldout,
+            tokenizer=run.parts.tokenizer,
+            reward=run.parts.reward,
+            config=run.config.engine,
+            between_batches=between_batches,
+        )
     values: dict[str, Json] = {"accuracy": result.accuracy, "reward": result.reward}
     run.tracker.log("metrics", row_of(state, "evaluation", values))
     shown = zip(result.scored.problems, result.scored.texts, result.scored.rewards_B.tolist(), strict=True)

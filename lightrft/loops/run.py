@@ -21,6 +21,7 @@ from lightrft.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.optim import Optimizer
 
     from lightrft.config.sections import RunConfig
     from lightrft.strategy.protocols.checkpointing import BackgroundSaves, Json
@@ -33,6 +34,7 @@ __all__ = [
     "checkpoint_dir",
     "end_step",
     "is_evaluation_due",
+    "learners_of",
     "resume_from",
     "row_of",
     "stop_if_asked",
@@ -152,6 +154,8 @@ def stop_if_asked(run: Run, state_of: Mapping[str, nn.Module | Trainable], state
     stop = next(iter(gather_texts(run.strategy, [asked] if asked else [])), None)
     if stop is None:
         return
+    if learners := learners_of(run, state_of):
+        run.strategy.reload(*learners)  # a rollout may be under way
     failure = _failure_of_last(run)
     _save(run, state_of, state)
     if run.background is not None:
@@ -160,6 +164,19 @@ def stop_if_asked(run: Run, state_of: Mapping[str, nn.Module | Trainable], state
         f"{stop}: stopped after step {state.step} with a checkpoint in {checkpoint_dir(run.config)}; "
         f"run the same command to go on.{failure}"
     )
+
+
+def learners_of(run: Run, state_of: Mapping[str, nn.Module | Trainable]) -> list[nn.Module | Optimizer]:
+    """Return the models and optimizers that wait in main memory while an engine generates; none if all stay.
+
+    Args:
+        run: the run.
+        state_of: what a checkpoint holds, by name.
+    """
+    if not run.config.run.offload_while_generating:
+        return []
+    handles = [(one.model, one.optimizer) if isinstance(one, Trainable) else (one,) for one in state_of.values()]
+    return [handle for each in handles for handle in each]
 
 
 def _failure_of_last(run: Run) -> str:

@@ -19,8 +19,9 @@ from lightrft.data.prompts import Problem
 from lightrft.data.sampler import ResumableSampler
 from lightrft.errors import DataError
 from lightrft.loops.evaluate import evaluate
+from lightrft.loops.memory_cycle import generating
 from lightrft.loops.ranks import TrainingOnRanks, num_ranks, shares
-from lightrft.loops.run import Run, build_actor, end_step, resume_from, row_of, stop_if_asked
+from lightrft.loops.run import Run, build_actor, end_step, learners_of, resume_from, row_of, stop_if_asked
 from lightrft.loops.state import RunState
 from lightrft.models.forward import HeadFunction, call_with_head
 from lightrft.models.tokenizer import encode_text
@@ -96,7 +97,10 @@ def _is_warm(run: Run, actor: Trainable, state: RunState) -> bool:
     def between_batches() -> None:
         stop_if_asked(run, {"actor": actor}, state)
 
-    with run.strategy.setup_inference_engine(config, actor=actor.model, tokenizer=parts.tokenizer) as engine:
+    with (
+        run.strategy.setup_inference_engine(config, actor=actor.model, tokenizer=parts.tokenizer) as engine,
+        generating(run.strategy, engine, *learners_of(run, {"actor": actor})),
+    ):
         result = evaluate(
             run.strategy,
             engine,
