@@ -97,6 +97,8 @@ class AlgorithmConfig:
         entropy_coef: weight of the entropy bonus; 0 is off.
         importance_correction: one of `CORRECTION_NAMES`, for the engine's logprobs against the trainer's.
         importance_cap: bound on that ratio.
+        max_staleness: weight versions by which the policy may be ahead of the weights that made what it learns from: 0
+            makes each rollout with the newest weights; 1 makes the next rollout while the policy learns from this one.
         reward_clip: rewards are clipped to [-reward_clip, reward_clip]; 0 is off.
         reward_running_norm: divide rewards by their running standard deviation.
         reward_running_norm_minus_mean: subtract their running mean too.
@@ -119,6 +121,7 @@ class AlgorithmConfig:
     entropy_coef: float = attrs.field(default=0.0, converter=real, validator=at_least(0))
     importance_correction: str = attrs.field(default="none", validator=one_of(CORRECTION_NAMES))
     importance_cap: float = attrs.field(default=2.0, converter=real, validator=at_least(1))
+    max_staleness: int = attrs.field(default=0, validator=between(0, 1, whole=True))
     reward_clip: float = attrs.field(default=0.0, converter=real, validator=at_least(0))
     reward_running_norm: bool = attrs.field(default=False, validator=is_bool)
     reward_running_norm_minus_mean: bool = attrs.field(default=False, validator=is_bool)

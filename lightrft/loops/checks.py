@@ -25,6 +25,7 @@ def check_settings(config: Config) -> None:
     _check_engine(config)
     _check_lengths(config)
     _check_loss(config)
+    _check_staleness(config)
     if config.algorithm.reward_running_norm_minus_mean and not config.algorithm.reward_running_norm:
         raise ConfigError(
             "algorithm.reward_running_norm_minus_mean=True has no effect without algorithm.reward_running_norm; "
@@ -116,3 +117,28 @@ def _check_loss(config: Config) -> None:
         )
     if bound == 1:
         raise ConfigError("algorithm.dual_clip=1.0 is not above 1; use e.g. 3.0, or leave it out.")
+
+
+def _check_staleness(config: Config) -> None:
+    staleness = f"algorithm.max_staleness={config.algorithm.max_staleness}"
+    if not config.algorithm.max_staleness:
+        return
+    if config.algorithm.importance_correction == "none":
+        raise ConfigError(
+            f"{staleness} learns from what older weights made, and algorithm.importance_correction='none' takes it for "
+            "the policy's own; set truncate or mask."
+        )
+    for setting, is_set in (
+        ("strategy.enable_engine_sleep=True", config.strategy.enable_engine_sleep),
+        ("run.offload_while_generating=True", config.run.offload_while_generating),
+    ):
+        if is_set:
+            raise ConfigError(
+                f"{staleness} generates while the policy learns, and {setting} has them take turns in memory; "
+                "keep one of the two."
+            )
+    if config.strategy.compile_layers:
+        raise ConfigError(
+            f"{staleness} generates while the policy learns, and an engine may switch torch.compile off for the whole "
+            "process meanwhile; leave strategy.compile_layers=True out."
+        )

@@ -26,7 +26,17 @@ from lightrft.rewards.resolve import Reward, score
 from lightrft.strategy.protocols.collectives import Collectives
 from lightrft.strategy.protocols.rollout import Completion, EngineHandle, Prompt, SamplingParams, Tokenizer
 
-__all__ = ["BetweenBatches", "Scored", "collect", "go_on", "sampling_params", "shape_rewards"]
+__all__ = [
+    "BetweenBatches",
+    "Request",
+    "Scored",
+    "collect",
+    "go_on",
+    "request_of",
+    "sampling_params",
+    "score_made",
+    "shape_rewards",
+]
 
 
 class BetweenBatches(Protocol):
@@ -35,6 +45,23 @@ class BetweenBatches(Protocol):
     def __call__(self) -> None:
         """Return to go on, and raise to end the rollout."""
         ...
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Request:
+    """A rollout that is to be made.
+
+    Attributes:
+        problems: the same on all ranks.
+        prompts: their questions in tokens.
+        sampling: how tokens are drawn.
+        order: numbers of the problems of each batch, rank by rank.
+    """
+
+    problems: tuple[Problem, ...]
+    prompts: tuple[Prompt, ...]
+    sampling: SamplingParams
+    order: tuple[tuple[range, ...], ...]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -108,16 +135,64 @@ def collect(
         DataError: a question does not fit into the model's context or vocabulary.
         RewardError: the reward raised or returned no finite number.
     """
-    prompts = [Prompt(token_ids=tuple(encode_text(tokenizer, p.question, where=p.question))) for p in problems]
-    order = _order(len(problems), num_ranks(rollout), batch_size and max(1, batch_size // sampling.n))
+    request = request_of(rollout, problems, tokenizer=tokenizer, sampling=sampling, batch_size=batch_size)
     completions: list[Completion] = []
-    for batch in order:
-        if batch is not order[0]:
+    for batch in request.order:
+        if batch is not request.order[0]:
             between_batches()
-        mine = [prompts[index] for index in batch[rollout.get_rank()]]
+        mine = [request.prompts[index] for index in batch[rollout.get_rank()]]
         numbered = attrs.evolve(sampling, first_prompt=sampling.first_prompt + batch[0].start)
         completions += rollout.gather_and_generate(engine, mine, numbered)
-    asked = [problems[index] for batch in order for index in batch[rollout.get_rank()] for _ in range(sampling.n)]
+    return score_made(rollout, request, completions, tokenizer=tokenizer, reward=reward)
+
+
+def request_of(
+    collectives: Collectives,
+    problems: Sequence[Problem],
+    *,
+    tokenizer: Tokenizer,
+    sampling: SamplingParams,
+    batch_size: int | None,
+) -> Request:
+    """Return the request for `sampling.n` completions of each problem.
+
+    Args:
+        collectives: what the ranks do together.
+        problems: the same on all ranks.
+        tokenizer: between text and tokens.
+        sampling: how tokens are drawn.
+        batch_size: completions that a rank is asked for at once; None asks for all.
+
+    Raises:
+        DataError: a question holds a character that the tokenizer does not know.
+    """
+    prompts = [Prompt(token_ids=tuple(encode_text(tokenizer, p.question, where=p.question))) for p in problems]
+    order = _order(len(problems), num_ranks(collectives), batch_size and max(1, batch_size // sampling.n))
+    return Request(problems=tuple(problems), prompts=tuple(prompts), sampling=sampling, order=order)
+
+
+def score_made(
+    collectives: Collectives,
+    request: Request,
+    completions: Sequence[Completion],
+    *,
+    tokenizer: Tokenizer,
+    reward: Reward,
+) -> Scored:
+    """Return the scored completions of all ranks, problem by problem.
+
+    Args:
+        collectives: what the ranks do together; all of them call this.
+        request: what was asked for.
+        completions: this rank's, batch by batch.
+        tokenizer: between text and tokens.
+        reward: scores the texts.
+
+    Raises:
+        RewardError: the reward raised or returned no finite number.
+    """
+    problems, sampling, rank = request.problems, request.sampling, collectives.get_rank()
+    asked = [problems[index] for batch in request.order for index in batch[rank] for _ in range(sampling.n)]
     texts = [_text(tokenizer, completion, sampling) for completion in completions]
     rewards = score(reward, [p.question for p in asked], texts, [p.answer for p in asked])
     scored = Scored(
@@ -126,10 +201,11 @@ def collect(
         texts=tuple(texts),
         rewards_B=torch.tensor(rewards, dtype=torch.float32),
     )
-    if len(order[0]) == 1:
+    if len(request.order[0]) == 1:
         return scored
-    gathered = [index for parts in zip(*order, strict=True) for part in parts for index in part]
-    return _in_order(_gathered(rollout, scored, problems, prompts, gathered, sampling.n), gathered, sampling.n)
+    gathered = [index for parts in zip(*request.order, strict=True) for part in parts for index in part]
+    every = _gathered(collectives, scored, problems, request.prompts, gathered, sampling.n)
+    return _in_order(every, gathered, sampling.n)
 
 
 def shape_rewards(
@@ -161,14 +237,16 @@ def shape_rewards(
     return rewards_B, statistics
 
 
-def _order(num_problems: int, num_ranks: int, num_each: int | None) -> list[list[range]]:
+def _order(num_problems: int, num_ranks: int, num_each: int | None) -> tuple[tuple[range, ...], ...]:
     """Return the problems of each batch, rank by rank; a rank has at most so many of a batch, and None is no limit."""
     step = max(1, num_problems if num_each is None else num_each * num_ranks)
     starts = range(0, max(1, num_problems), step)  # no problems are one batch of none
-    return [
-        [range(start + part.start, start + part.stop) for part in shares(min(step, num_problems - start), num_ranks)]
+    return tuple(
+        tuple(
+            range(start + part.start, start + part.stop) for part in shares(min(step, num_problems - start), num_ranks)
+        )
         for start in starts
-    ]
+    )
 
 
 def _in_order(scored: Scored, gathered: Sequence[int], num_samples: int) -> Scored:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
 
 import attrs
 
 from lightrft.algorithms.advantages import ADVANTAGES
 from lightrft.algorithms.filtering import informative_groups
+from lightrft.data.prompts import Problem
 from lightrft.data.sampler import ResumableSampler
-from lightrft.loops.collect import Scored, collect, sampling_params, shape_rewards
+from lightrft.loops.ahead import made_ahead
+from lightrft.loops.collect import Scored, collect, request_of, sampling_params, score_made, shape_rewards
 from lightrft.loops.evaluate import evaluate
 from lightrft.loops.learn import Learned, learn
 from lightrft.loops.memory_cycle import generating
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lightrft.strategy.protocols.checkpointing import Json
-    from lightrft.strategy.protocols.rollout import EngineHandle
+    from lightrft.strategy.protocols.rollout import EngineHandle, SamplingParams
 
 __all__ = ["Learner", "evaluate_and_log", "reinforce", "start_learner", "state_of"]
 
@@ -107,14 +110,18 @@ def reinforce(run: Run, learner: Learner, state: RunState) -> RunState:
     config, strategy = run.config, run.strategy
     started = time.perf_counter()
     with watch_peak() as collecting, generating(strategy, learner.engine, *learners_of(run, state_of(learner))):
-        scored = _collect(run, learner, state)
+        scored = state.ahead or _collect(run, learner, state)
     collected = time.perf_counter()
-    with watch_peak() as learning:
-        rewards_B, statistics = shape_rewards(
-            scored, state.rewards, algorithm=config.algorithm, max_new_tokens=config.engine.max_new_tokens
-        )
-        learned = _learn(run, learner, scored, rewards_B)
-    finished = time.perf_counter()
+    staleness = learner.engine.weight_version - min(one.weight_version for one in scored.completions)
+    with _next_rollout(run, learner, state) as next_rollout:
+        with watch_peak() as learning:
+            rewards_B, statistics = shape_rewards(
+                scored, state.rewards, algorithm=config.algorithm, max_new_tokens=config.engine.max_new_tokens
+            )
+            learned = _learn(run, learner, scored, rewards_B)
+        finished = time.perf_counter()
+        ahead = next_rollout()
+    awaited = time.perf_counter()
     with watch_peak() as syncing:
         strategy.wakeup_inference_engine(learner.engine)
         if learned is not None:
@@ -126,15 +133,16 @@ def reinforce(run: Run, learner: Learner, state: RunState) -> RunState:
         sampler=learner.sampler.state_dict(),
         rewards=statistics,
         weight_version=learner.engine.weight_version,
+        ahead=ahead,
     )
     num_tokens = sum(len(completion.token_ids) for completion in scored.completions)
-    run.tracker.log(
-        "metrics", row_of(state, "step", {**_rollout_values(scored, num_tokens), **_learned_values(learned)})
-    )
+    metrics = {**_rollout_values(scored, num_tokens), "staleness": staleness, **_learned_values(learned)}
+    run.tracker.log("metrics", row_of(state, "step", metrics))
     timings: dict[str, Json] = {
         "collect_seconds": collected - started,
         "learn_seconds": finished - collected,
-        "sync_seconds": synced - finished,
+        "wait_seconds": awaited - finished,
+        "sync_seconds": synced - awaited,
         "seconds": synced - started,
         "tokens_per_second": num_tokens / (synced - started),
         **peak_values(collect=collecting, learn=learning, sync=syncing),
@@ -188,27 +196,66 @@ def _named(actor: Trainable, reference: nn.Module | None) -> dict[str, nn.Module
     return {"actor": actor} if reference is None else {"actor": actor, "reference": reference}
 
 
-def _collect(run: Run, learner: Learner, state: RunState) -> Scored:
-    config, parts = run.config, run.parts
+class _NextRollout(Protocol):
+    def __call__(self) -> Scored | None: ...
 
+
+@contextmanager
+def _next_rollout(run: Run, learner: Learner, state: RunState) -> Generator[_NextRollout]:
+    """Make the rollout of the next step while the block goes on, if rollouts are made ahead; yield what waits for it.
+
+    The engine has the weights of before this step until it has been waited for.
+    """
+    step, parts = state.step + 1, run.parts
+    if not run.config.algorithm.max_staleness or step == run.config.run.warmup_steps + run.config.run.num_steps:
+        yield _nothing
+        return
+    request = request_of(
+        run.strategy,
+        _problems(run, learner),
+        tokenizer=parts.tokenizer,
+        sampling=_sampling(run, step),
+        batch_size=run.config.engine.batch_size,
+    )
+    with made_ahead(run.strategy, learner.engine, request) as wait:
+
+        def scored() -> Scored:
+            return score_made(run.strategy, request, wait(), tokenizer=parts.tokenizer, reward=parts.reward)
+
+        yield scored
+
+
+def _nothing() -> None:
+    """Return None: the next step makes its rollout itself."""
+
+
+def _problems(run: Run, learner: Learner) -> list[Problem]:
+    return [run.parts.train[index] for index in learner.sampler.take(run.config.algorithm.prompts_per_step)]
+
+
+def _sampling(run: Run, step: int) -> SamplingParams:
+    """Return how the rollout is drawn that the run learns from when `step` steps are done."""
+    config = run.config
+    return sampling_params(
+        config.engine,
+        run.parts.tokenizer,
+        num_samples=config.algorithm.num_samples,
+        seed=(config.strategy.seed * _SEED_STRIDE + step) % 2**63,  # the seeds that there are
+    )
+
+
+def _collect(run: Run, learner: Learner, state: RunState) -> Scored:
     def between_batches() -> None:
         stop_if_asked(run, state_of(learner), state)
 
-    indices = learner.sampler.take(config.algorithm.prompts_per_step)
-    sampling = sampling_params(
-        config.engine,
-        parts.tokenizer,
-        num_samples=config.algorithm.num_samples,
-        seed=(config.strategy.seed * _SEED_STRIDE + state.step) % 2**63,  # the seeds that there are
-    )
     return collect(
         run.strategy,
         learner.engine,
-        [parts.train[index] for index in indices],
-        tokenizer=parts.tokenizer,
-        reward=parts.reward,
-        sampling=sampling,
-        batch_size=config.engine.batch_size,
+        _problems(run, learner),
+        tokenizer=run.parts.tokenizer,
+        reward=run.parts.reward,
+        sampling=_sampling(run, state.step),
+        batch_size=run.config.engine.batch_size,
         between_batches=between_batches,
     )
 

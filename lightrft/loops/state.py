@@ -8,6 +8,8 @@ import attrs
 
 from lightrft.algorithms.reward_shaping import RunningStatistics
 from lightrft.errors import CheckpointError
+from lightrft.loops.collect import Scored
+from lightrft.loops.rollout_json import rollout_from_json, rollout_to_json
 from lightrft.strategy.protocols.checkpointing import Json
 
 __all__ = ["RunState", "state_from_json", "state_to_json"]
@@ -25,6 +27,7 @@ class RunState:
         accuracy: the newest held-out accuracy.
         evaluated: the step that it was measured after; None before the first.
         weight_version: of the engine's weights, which counts on over resumes.
+        ahead: the rollout of the next step, where it was made ahead; its weights are gone, so it is saved.
     """
 
     step: int = 0
@@ -34,6 +37,7 @@ class RunState:
     accuracy: float | None = None
     evaluated: int | None = None
     weight_version: int = 0
+    ahead: Scored | None = None
 
 
 def state_to_json(state: RunState) -> dict[str, Json]:
@@ -42,7 +46,8 @@ def state_to_json(state: RunState) -> dict[str, Json]:
     Args:
         state: where the run is.
     """
-    return cast("dict[str, Json]", attrs.asdict(state))
+    written = cast("dict[str, Json]", attrs.asdict(attrs.evolve(state, ahead=None)))
+    return {**written, "ahead": None if state.ahead is None else rollout_to_json(state.ahead)}
 
 
 def state_from_json(client_state: dict[str, Json]) -> RunState:
@@ -58,7 +63,10 @@ def state_from_json(client_state: dict[str, Json]) -> RunState:
         # each value has the type that `state_to_json` gave it; the digest of the checkpoint vouches for that
         given = cast("dict[str, dict[str, float]]", client_state)
         rewards = RunningStatistics(**given["rewards"])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-        return RunState(**{**client_state, "rewards": rewards})  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    except (KeyError, TypeError) as error:
-        message = f"client_state={client_state!r} is not that of a run ({error}); choose another run.dir."
+        made = cast("dict[str, Json] | None", client_state.get("ahead"))
+        ahead = None if made is None else rollout_from_json(made)
+        return RunState(**{**client_state, "rewards": rewards, "ahead": ahead})  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    except (KeyError, TypeError, ValueError) as error:
+        shown = {name: value for name, value in client_state.items() if name != "ahead"}  # which may be long
+        message = f"client_state={shown!r} is not that of a run ({error}); choose another run.dir."
         raise CheckpointError(message) from error

@@ -10,6 +10,7 @@ import attrs
 
 from lightrft.config.root import Config
 from lightrft.errors import CheckpointError, ConfigError
+from lightrft.loops.ahead import check_draws
 from lightrft.loops.checks import check_settings, check_world
 from lightrft.loops.interrupt import ShouldStop, never_stop
 from lightrft.loops.parts import Parts
@@ -70,7 +71,8 @@ def train(
 
     Raises:
         ConfigError: settings that do not fit together, or the number of ranks.
-        UnsupportedError: a model whose logits are not those that the losses are formed from.
+        UnsupportedError: a model whose logits are not those that the losses are formed from, or one that draws at
+            random while a rollout is made ahead.
         CheckpointError: the directory holds the finished model of another run, or a checkpoint cannot be written.
         InterruptedRunError: the run was asked to stop; its checkpoint is written.
     """
@@ -114,6 +116,8 @@ def _check_parts(strategy: StrategyProtocol, config: Config, parts: Parts) -> No
             f"use {len(parts.train)} or less."
         )
     check_head(strategy.unwrap_model(parts.model))
+    if config.algorithm.max_staleness:
+        check_draws(strategy.unwrap_model(parts.model))
 
 
 def _end(run: Run, learner: Learner, state: RunState) -> RunState:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,10 @@ import pytest
 from lightrft.backends.rollout.vllm_package import require_vllm
 from lightrft.cli import main
 from lightrft.errors import MissingPackageError
+from lightrft.loops.ahead import Await, made_ahead
+from lightrft.loops.collect import Request
+from lightrft.loops.ranks import RolloutOnRanks
+from lightrft.strategy import Completion, EngineHandle
 
 try:
     require_vllm()
@@ -18,6 +24,8 @@ except MissingPackageError as missing:
 
 # other people's packages warn while they are imported
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+VLLM = ["--engine", "vllm", "engine.cache_gb=0.01"]
 
 CONFIG = """\
 [strategy]
@@ -56,16 +64,19 @@ def test_the_doctor_takes_it_through_its_life(capsys: pytest.CaptureFixture[str]
     assert [line.split()[0] for line in lines] == steps
 
 
+def make_workplace(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problems = [json.dumps({"prompt": f"{x}+{y}=", "answer": str(x + y)}) for x in range(6) for y in range(5)]
+    (directory / "problems.jsonl").write_text("\n".join(problems))
+    (directory / "run.toml").write_text(CONFIG)
+    monkeypatch.chdir(directory)
+
+
 def test_a_configuration_runs_with_it_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--engine vllm` is all that a run of the engine "hf" needs; its logprobs are the trainer's in every step."""
-    problems = [json.dumps({"prompt": f"{x}+{y}=", "answer": str(x + y)}) for x in range(6) for y in range(5)]
-    (tmp_path / "problems.jsonl").write_text("\n".join(problems))
-    (tmp_path / "run.toml").write_text(CONFIG)
-    monkeypatch.chdir(tmp_path)
+    make_workplace(tmp_path, monkeypatch)
     rows = {}
     for engine in ("hf", "vllm"):
-        arguments = ["--engine", engine, f"run.dir={engine}", "engine.cache_gb=0.01", "--quiet"]
-        assert main(["train", "run.toml", *arguments]) == 0
+        assert main(["train", "run.toml", *VLLM, "--engine", engine, f"run.dir={engine}", "--quiet"]) == 0
         lines = (tmp_path / engine / "metrics.jsonl").read_text().splitlines()
         rows[engine] = [json.loads(line) for line in lines]
     assert [(row["kind"], row["step"]) for row in rows["vllm"]] == [(row["kind"], row["step"]) for row in rows["hf"]]
@@ -73,3 +84,28 @@ def test_a_configuration_runs_with_it_unchanged(tmp_path: Path, monkeypatch: pyt
     # what is greedy and made of the same weights is the same
     assert rows["vllm"][0]["accuracy"] == rows["hf"][0]["accuracy"]
     assert rows["vllm"][0]["reward"] == rows["hf"][0]["reward"]
+
+
+def test_a_rollout_that_is_made_ahead_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made in a thread while the policy learns, or after it has learnt, with older weights: metrics are bit-equal."""
+    make_workplace(tmp_path, monkeypatch)
+    stale = ["algorithm.max_staleness=1", "algorithm.importance_correction=truncate"]
+    written = []
+    for name, make in (("thread", made_ahead), ("after", made_after)):
+        with monkeypatch.context() as patch:
+            patch.setattr("lightrft.loops.reinforce.made_ahead", make)
+            assert main(["train", "run.toml", *VLLM, *stale, f"run.dir={name}", "--quiet"]) == 0
+        written.append((tmp_path / name / "metrics.jsonl").read_bytes())
+    assert written[0] == written[1]
+    rows = [json.loads(line) for line in written[0].splitlines()]
+    assert [row["staleness"] for row in rows if row["kind"] == "step"] == [0, 1, 1]
+
+
+@contextmanager
+def made_after(rollout: RolloutOnRanks, engine: EngineHandle, request: Request) -> Generator[Await]:
+    """The next rollout, made after all was learnt, and before the engine is given the new weights."""
+
+    def wait() -> list[Completion]:
+        return rollout.gather_and_generate(engine, request.prompts, request.sampling)
+
+    yield wait
