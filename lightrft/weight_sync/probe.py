@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightrft.models.context import context_size, known_vocabulary_size
+from lightrft.models.images import ModelPrompt, inputs_beside, read_prompts
+from lightrft.strategy.protocols.images import Image
 from lightrft.strategy.protocols.rollout import Prompt, SamplingParams
 
 if TYPE_CHECKING:
@@ -29,21 +31,50 @@ _NEW_TOKENS = 4
 
 
 def probe_difference(handle: EngineHandle, model: nn.Module) -> float:
-    """Return the largest absolute difference, in nats, between engine and trainer over a short greedy completion.
+    """Return the largest absolute difference, in nats, between engine and trainer over short greedy completions.
 
-    The prompt is spread over the vocabulary, so that rows of the embedding far apart are seen; both are shorter where
-    the model's context is. The modes of the model's modules stay as they are.
+    One prompt is spread over the vocabulary, so that rows of the embedding far apart are seen; another one has an image
+    where the engine takes images and the model's context has room for one. The modes of the model's modules stay as
+    they are.
 
     Args:
         handle: an engine that is awake.
-        model: the prepared model; called as `model(input_ids)`, it returns logits or an object with `logits`.
+        model: the prepared model; called as `model(input_ids)`, with what the processor gives beside them where there
+            is an image, it returns logits or an object with `logits`.
     """
-    rows, room = _vocabulary_size(model), context_size(model) or _PROMPT_TOKENS + _NEW_TOKENS
+    room = context_size(model) or _PROMPT_TOKENS + _NEW_TOKENS
     length = min(_PROMPT_TOKENS, max(1, room - _NEW_TOKENS))
-    prompt = Prompt(token_ids=tuple((1 + 2 * i) * rows // (2 * length) for i in range(length)))
-    sampling = SamplingParams(temperature=0.0, max_new_tokens=min(_NEW_TOKENS, room - length))
-    (completion,) = handle.engine.generate(handle, [prompt], sampling)
-    logprobs_T = _trainer_logprobs(model, completion)
+    new_tokens = min(_NEW_TOKENS, room - length)
+    prompts = [Prompt(token_ids=_spread(handle, model, length))]
+    read = read_prompts(prompts, handle.processor)
+    if handle.processor is not None:
+        sees = Prompt(token_ids=(*prompts[0].token_ids[:1], handle.processor.image_token_id), images=(_image(),))
+        (seeing,) = read_prompts([sees], handle.processor)
+        if context_size(model) is None or len(seeing.token_ids) + new_tokens <= room:
+            prompts, read = [*prompts, sees], [*read, seeing]
+    made = handle.engine.generate(handle, prompts, SamplingParams(temperature=0.0, max_new_tokens=new_tokens))
+    differences = [_difference(model, prompt, completion) for prompt, completion in zip(read, made, strict=True)]
+    return max(differences)
+
+
+def _spread(handle: EngineHandle, model: nn.Module, length: int) -> tuple[int, ...]:
+    """Return tokens spread over the vocabulary, none of which stands for an image."""
+    rows = _vocabulary_size(model)
+    token_ids = [(1 + 2 * place) * rows // (2 * length) for place in range(length)]
+    image = None if handle.processor is None else handle.processor.image_token_id
+    return tuple((token + 1) % rows if token == image else token for token in token_ids)
+
+
+def _image() -> Image:
+    """Return an image in which no two rows, columns or colours are alike."""
+    pixels = bytes((37 * x + 101 * y + 59 * colour) % 256 for y in range(32) for x in range(32) for colour in range(3))
+    return Image(width=32, height=32, pixels=pixels)
+
+
+def _difference(model: nn.Module, prompt: ModelPrompt, completion: Completion) -> float:
+    if completion.prompt_ids != prompt.token_ids:
+        return float("inf")  # the engine read another prompt than the trainer would
+    logprobs_T = _trainer_logprobs(model, prompt, completion)
     engine_T = torch.tensor(completion.logprobs, dtype=torch.float64)
     difference = (logprobs_T.double().cpu() - engine_T).abs().max().item()
     return difference if difference == difference else float("inf")  # noqa: PLR0124 (NaN is no agreement)
@@ -59,14 +90,15 @@ def _vocabulary_size(model: nn.Module) -> int:
     return min(sizes, default=2)
 
 
-def _trainer_logprobs(model: nn.Module, completion: Completion) -> torch.Tensor:
-    device = next(model.parameters()).device
-    ids_T = torch.tensor(completion.prompt_ids + completion.token_ids, device=device)
+def _trainer_logprobs(model: nn.Module, prompt: ModelPrompt, completion: Completion) -> torch.Tensor:
+    first = next(model.parameters())
+    ids_T = torch.tensor(completion.prompt_ids + completion.token_ids, device=first.device)
+    beside = inputs_beside([prompt], length=len(ids_T) - 1, side="right", like=first)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
-            output = model(ids_T[None, :-1])
+            output = model(ids_T[None, :-1], **beside)
     finally:
         for module in training:  # one by one: parts of a model that trains may be in evaluation mode for good
             module.training = True

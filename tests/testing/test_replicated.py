@@ -23,6 +23,7 @@ from lightrft.config import EngineConfig
 from lightrft.errors import CollectiveError, ConfigError, DataError, StepError, UnsupportedError
 from lightrft.strategy import get_strategy
 from lightrft.strategy.config import StrategyConfig
+from lightrft.strategy.protocols.images import Image
 from lightrft.strategy.protocols.rollout import Completion, Prompt, SamplingParams
 from lightrft.strategy.protocols.training import StepResult
 from lightrft.strategy.record import Strategy
@@ -468,19 +469,20 @@ def test_no_prompts_give_no_completions() -> None:
 
 
 def test_prompts_that_cannot_be_gathered_are_refused_on_every_rank() -> None:
-    """Images of one rank, and an empty prompt, are the same error everywhere."""
+    """Images of one rank, for an engine that takes none, and an empty prompt are the same error everywhere."""
+    image = Image(width=1, height=1, pixels=bytes(3))
 
     def program(rank: int) -> tuple[str, str]:
         strategy = strategy_of()
         with pytest.raises(UnsupportedError) as images:
-            generate(strategy, [Prompt(token_ids=(1,), images=("x",) * rank)], SamplingParams())
+            generate(strategy, [Prompt(token_ids=(1,), images=(image,) * rank)], SamplingParams())
         with pytest.raises(DataError) as empty:
             generate(strategy, [Prompt(token_ids=(1,) * (1 - rank))], SamplingParams())
         return str(images.value), str(empty.value)
 
     found = run_simulated(2, program)
     assert found[0] == found[1]
-    assert found[0][0].startswith("prompts of rank 1 have images")
+    assert found[0][0].startswith("rank 1: prompts[0] has images")
     assert found[0][1].startswith("rank 1: prompts[0]=[] is empty")
 
 

@@ -11,6 +11,8 @@ from typing import Generic, Protocol, TypeVar
 import attrs
 import torch
 
+from lightrft.models.images import ModelPrompt
+
 __all__ = ["Decoder", "KeepRows", "Prefill", "RefreshWeights", "ReleaseWeights", "Step"]
 
 CacheT = TypeVar("CacheT")
@@ -22,7 +24,11 @@ class Prefill(Protocol[CacheT_co]):
     """Reads the prompts."""
 
     def __call__(
-        self, prompts: Sequence[Sequence[int]], rows_B: torch.Tensor, max_new_tokens: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        rows_B: torch.Tensor,
+        max_new_tokens: int,
+        read: Sequence[ModelPrompt] = (),
     ) -> tuple[torch.Tensor, CacheT_co]:
         """Return the logits that follow each sequence's prompt, and a cache of B sequences.
 
@@ -32,6 +38,7 @@ class Prefill(Protocol[CacheT_co]):
             prompts: P prompts of any lengths, each of at least one token.
             rows_B: for each sequence the index of its prompt, int64, on the decoder's device.
             max_new_tokens: how many tokens each sequence will have at most; the cache has room for them.
+            read: the same prompts with what the model sees of their images; empty where none has any.
 
         Returns:
             logits (B, V) that the caller may overwrite, and the cache.

@@ -8,7 +8,7 @@ import attrs
 import torch
 
 from lightrft import errors
-from lightrft.errors import LightRFTError, UnsupportedError
+from lightrft.errors import LightRFTError
 from lightrft.strategy.protocols.collectives import Collectives
 from lightrft.strategy.protocols.rollout import (
     Completion,
@@ -27,8 +27,9 @@ def build_gather_and_generate(
 ) -> GatherAndGenerate:
     """Return `gather_and_generate` of ranks that have an engine each.
 
-    A draw is by the place of a prompt among the prompts of all ranks, so no prompt has to travel. What one rank refuses
-    is refused on all of them, with the rank's number, and nobody waits for completions that never come.
+    A draw is by the place of a prompt among the prompts of all ranks, so no prompt has to travel, nor any image: a
+    number does. What one rank refuses is refused on all of them, with the rank's number, and nobody waits for
+    completions that never come.
 
     Args:
         collectives: what the ranks do together.
@@ -54,12 +55,8 @@ def build_gather_and_generate(
 
 def _prompts_before(collectives: Collectives, prompts: Sequence[Prompt]) -> int:
     """Return how many prompts the ranks before this one have."""
-    num_images = sum(len(prompt.images) for prompt in prompts)
-    every = collectives.all_gather({"num_prompts": torch.tensor(len(prompts)), "num_images": torch.tensor(num_images)})
-    if every["num_images"].any():
-        rank = int(every["num_images"].nonzero()[0])
-        raise UnsupportedError(f"prompts of rank {rank} have images, which several ranks do not take; leave them out.")
-    return int(every["num_prompts"][: collectives.get_rank()].sum())
+    every = collectives.all_gather(torch.tensor(len(prompts)))
+    return int(every[: collectives.get_rank()].sum())
 
 
 def _raise_together(collectives: Collectives, failure: LightRFTError | None) -> None:

@@ -24,6 +24,7 @@ from lightrft.backends.rollout.request_checks import check_request
 from lightrft.backends.rollout.sampling import sample_tokens
 from lightrft.backends.rollout.transformers_decoder import build_transformers_decoder
 from lightrft.errors import ConfigError, EngineStateError, UnsupportedError
+from lightrft.models.images import ModelPrompt
 from lightrft.strategy.protocols.rollout import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class GenerateTokens(Protocol):
 
     def __call__(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int] | ModelPrompt],
         params: SamplingParams,
         prompt_indices: Sequence[int] | None = None,
     ) -> tuple[GeneratedSequence, ...]:
@@ -73,7 +74,8 @@ class GenerateTokens(Protocol):
         prompt, its (prompt, sample) numbers and the parameters, not on what else is generated (up to rounding).
 
         Args:
-            prompts: any number of prompts of any lengths, each of at least one token.
+            prompts: any number of prompts of any lengths, each of at least one token; as the model reads them where
+                they have images.
             params: how tokens are drawn.
             prompt_indices: number of each prompt, which names its random stream: whoever splits a request passes the
                 numbers that the prompts have in the whole. None numbers them from `params.first_prompt`.
@@ -109,13 +111,17 @@ class TokenGenerator:
 
 @attrs.frozen(kw_only=True)
 class _Request:
-    prompt: tuple[int, ...]
+    prompt: ModelPrompt
     prompt_index: int
     sample_index: int
 
 
 def build_token_generator(
-    model: PreTrainedModel, *, max_batch_size: int = 256, path: Literal["auto", "fused", "transformers"] = "auto"
+    model: PreTrainedModel,
+    *,
+    max_batch_size: int = 256,
+    path: Literal["auto", "fused", "transformers"] = "auto",
+    never: Sequence[int] = (),
 ) -> TokenGenerator:
     """Return a generator for a model, whose weights it reads now and at each `refresh`.
 
@@ -123,6 +129,7 @@ def build_token_generator(
         model: a causal language model of transformers, on the device where it shall run.
         max_batch_size: how many sequences are decoded at a time; the cache's memory grows with it.
         path: "auto" takes the fused decoder where it computes what the model computes; the others insist.
+        never: ids that are not drawn, whatever their logits; they count in the logprobs of the others.
 
     Raises:
         UnsupportedError: "fused" was asked for and can't run the model, or the model is no decoder-only language model.
@@ -142,10 +149,10 @@ def build_token_generator(
         raise ConfigError(f"max_batch_size={max_batch_size!r} is not positive; use at least 1.")
     reason = "path='transformers' was asked for" if path == "transformers" else explain_unsupported(model)
     if reason is None:
-        return _bind(model, build_llama_decoder(model), max_batch_size, "fused", "")
+        return _bind(model, build_llama_decoder(model), max_batch_size, "fused", "", never)
     if path == "fused":
         raise UnsupportedError(f"path='fused' cannot run this model: {reason}; use path='auto'.")
-    return _bind(model, build_transformers_decoder(model), max_batch_size, "transformers", reason)
+    return _bind(model, build_transformers_decoder(model), max_batch_size, "transformers", reason, never)
 
 
 def _bind(
@@ -154,26 +161,31 @@ def _bind(
     max_batch_size: int,
     path: Literal["fused", "transformers"],
     reason: str,
+    never: Sequence[int],
 ) -> TokenGenerator:
     decoder.refresh()
+    never_C = torch.tensor(never, dtype=torch.int64, device=model.device)
 
     def generate(
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int] | ModelPrompt],
         params: SamplingParams,
         prompt_indices: Sequence[int] | None = None,
     ) -> tuple[GeneratedSequence, ...]:
         first = params.first_prompt
         indices = range(first, first + len(prompts)) if prompt_indices is None else prompt_indices
-        check_request(model, prompts, params, indices)
+        read = [
+            prompt if isinstance(prompt, ModelPrompt) else ModelPrompt(token_ids=tuple(prompt)) for prompt in prompts
+        ]
+        check_request(model, [prompt.token_ids for prompt in read], params, indices)
         requests = [
-            _Request(prompt=tuple(prompt), prompt_index=index, sample_index=sample)
-            for prompt, index in zip(prompts, indices, strict=True)
+            _Request(prompt=prompt, prompt_index=index, sample_index=sample)
+            for prompt, index in zip(read, indices, strict=True)
             for sample in range(params.n)
         ]
         made: list[GeneratedSequence] = []
         with torch.inference_mode(), _evaluating(model):
             for start in range(0, len(requests), max_batch_size):
-                made += _generate_batch(decoder, requests[start : start + max_batch_size], params, model.device)
+                made += _generate_batch(decoder, requests[start : start + max_batch_size], params, never_C)
         return tuple(made)
 
     return TokenGenerator(
@@ -195,17 +207,25 @@ def _evaluating(model: PreTrainedModel) -> Generator[None]:
 
 
 def _generate_batch(
-    decoder: Decoder[CacheT], requests: Sequence[_Request], params: SamplingParams, device: torch.device
+    decoder: Decoder[CacheT], requests: Sequence[_Request], params: SamplingParams, never_C: torch.Tensor
 ) -> list[GeneratedSequence]:
-    prompts = {request.prompt: None for request in requests}
-    numbers = {prompt: number for number, prompt in enumerate(prompts)}
-    rows_B = torch.tensor([numbers[request.prompt] for request in requests], device=device)
+    # prompts of the same tokens are computed once; with images, those that were read once
+    keys = [request.prompt if request.prompt.seen else request.prompt.token_ids for request in requests]
+    prompts = {key: request.prompt for key, request in zip(keys, requests, strict=True)}
+    numbers = {key: number for number, key in enumerate(prompts)}
+    rows_B = torch.tensor([numbers[key] for key in keys], device=never_C.device)
     keys_B = stream_keys(
         params.seed, [request.prompt_index for request in requests], [request.sample_index for request in requests]
     )
-    logits_BV, cache = decoder.prefill(tuple(prompts), rows_B, params.max_new_tokens)
-    uniforms_TB = uniforms(keys_B, params.max_new_tokens).to(device)
-    tokens_TB, logprobs_TB = _decode(decoder, cache, logits_BV, uniforms_TB, params)
+    read = tuple(prompts.values())
+    logits_BV, cache = decoder.prefill(
+        [prompt.token_ids for prompt in read],
+        rows_B,
+        params.max_new_tokens,
+        read if any(prompt.seen for prompt in read) else (),
+    )
+    uniforms_TB = uniforms(keys_B, params.max_new_tokens).to(never_C.device)
+    tokens_TB, logprobs_TB = _decode(decoder, cache, logits_BV, uniforms_TB, params, never_C)
     return _collect(requests, tokens_TB.cpu(), logprobs_TB.cpu(), params)
 
 
@@ -215,6 +235,7 @@ def _decode(
     logits_BV: torch.Tensor,
     uniforms_TB: torch.Tensor,
     params: SamplingParams,
+    never_C: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return tokens and logprobs (T, B). What stands after a stop token has no meaning."""
     device = uniforms_TB.device
@@ -224,9 +245,11 @@ def _decode(
     rows_B = torch.arange(uniforms_TB.shape[1], device=device)  # where the live sequences stand in the results
     is_done_B = torch.zeros(rows_B.shape, dtype=torch.bool, device=device)
     for position in range(params.max_new_tokens):
-        banned_C = stops_C if position < params.min_new_tokens and len(stops_C) else None
+        banned_C = torch.cat([never_C, stops_C]) if position < params.min_new_tokens else never_C
         uniforms_B = uniforms_TB[position].index_select(0, rows_B)
-        tokens_B, logprobs_B = sample_tokens(logits_BV, uniforms_B=uniforms_B, params=params, banned_C=banned_C)
+        tokens_B, logprobs_B = sample_tokens(
+            logits_BV, uniforms_B=uniforms_B, params=params, banned_C=banned_C if len(banned_C) else None
+        )
         tokens_TB[position].index_copy_(0, rows_B, tokens_B)
         logprobs_TB[position].index_copy_(0, rows_B, logprobs_B)
         if len(stops_C):

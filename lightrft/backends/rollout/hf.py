@@ -10,8 +10,10 @@ import torch
 
 from lightrft.backends.rollout.generation import TokenGenerator, build_token_generator
 from lightrft.backends.rollout.lifecycle import guarded
+from lightrft.backends.rollout.request_checks import check_processor, placeholders
 from lightrft.backends.rollout.weights import ModelCopy, check_coverage, copy_model, write_tensors
 from lightrft.errors import UnsupportedError
+from lightrft.models.images import read_prompts
 from lightrft.strategy.protocols.rollout import Completion, Engine, EngineHandle, EngineSource, Prompt, SamplingParams
 
 if TYPE_CHECKING:
@@ -33,7 +35,8 @@ def build_hf(config: EngineConfig) -> Engine:
     """Return the engine "hf".
 
     It takes any causal language model of transformers; Llama, Qwen2 and Qwen3 are decoded by functions of ours that
-    read the model's weights, all others by the model's own forward. Asleep, its weights lie in main memory.
+    read the model's weights, all others by the model's own forward. With a processor it takes images, in any mixture
+    with text. Asleep, its weights lie in main memory.
 
     Args:
         config: `batch_size` bounds the sequences that are decoded at once.
@@ -45,20 +48,23 @@ def build_hf(config: EngineConfig) -> Engine:
                 f"model={type(source.model).__name__} is no causal language model of transformers, which the engine "
                 "'hf' needs; use the engine 'scripted' or one of your own."
             )
+        check_processor(source)
         weights = copy_model(source.model)
-        generator = build_token_generator(cast("PreTrainedModel", weights.model), max_batch_size=config.batch_size)
+        generator = build_token_generator(
+            cast("PreTrainedModel", weights.model),
+            max_batch_size=config.batch_size,
+            never=placeholders(source.processor),
+        )
         device = next(weights.model.parameters()).device
         state = _State(weights=weights, generator=generator, device=device)
-        return EngineHandle(engine=engine, status="awake", weight_version=0, state=state)
+        return EngineHandle(engine=engine, status="awake", weight_version=0, state=state, processor=source.processor)
 
     def generate(handle: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
-        for index, prompt in enumerate(prompts):
-            if prompt.images:
-                raise UnsupportedError(f"prompts[{index}] has images and the engine 'hf' takes text; leave them out.")
-        sequences = _state(handle).generator.generate([prompt.token_ids for prompt in prompts], sampling)
+        read = read_prompts(prompts, handle.processor)
+        sequences = _state(handle).generator.generate(read, sampling)
         return [
             Completion(
-                prompt_ids=prompts[sequence.prompt_index - sampling.first_prompt].token_ids,
+                prompt_ids=read[sequence.prompt_index - sampling.first_prompt].token_ids,
                 token_ids=sequence.token_ids,
                 logprobs=sequence.logprobs,
                 finish_reason=sequence.finish_reason,
@@ -99,7 +105,7 @@ def build_hf(config: EngineConfig) -> Engine:
         handle.state = None
 
     engine = Engine(
-        capabilities=frozenset({"sampling"}),
+        capabilities=frozenset({"images", "sampling"}),
         start=start,
         generate=generate,
         begin_update=begin_update,

@@ -23,6 +23,7 @@ from lightrft.backends.rollout.kv_cache import KVCache, allocate_cache, keep_row
 from lightrft.backends.rollout.llama_weights import LayerWeights, ModelShape, read_head, read_layer, read_shape
 from lightrft.backends.rollout.projection import Project
 from lightrft.errors import EngineStateError
+from lightrft.models.images import ModelPrompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,8 +83,9 @@ def build_llama_decoder(model: PreTrainedModel) -> Decoder[KVCache]:
         return weights.head(_norm(hidden_NH, final_norm_H, shape))
 
     def prefill(
-        prompts: Sequence[Sequence[int]], rows_B: torch.Tensor, max_new_tokens: int
+        prompts: Sequence[Sequence[int]], rows_B: torch.Tensor, max_new_tokens: int, read: Sequence[ModelPrompt] = ()
     ) -> tuple[torch.Tensor, KVCache]:
+        del read  # these models see no images
         cache = _allocate(model, shape, [len(prompts[row]) for row in rows_B.tolist()], max_new_tokens)
         last_PH = embed.new_empty(len(prompts), embed.shape[1])
         for chosen in _passes([len(prompt) for prompt in prompts]):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import attrs
 
-from lightrft.errors import ConfigError, DataError
+from lightrft.errors import ConfigError, DataError, UnsupportedError
 from lightrft.models.context import context_size, known_vocabulary_size
-from lightrft.strategy.protocols.rollout import SamplingParams
+from lightrft.strategy.protocols.images import Processor
+from lightrft.strategy.protocols.rollout import EngineSource, SamplingParams
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["RequestLimits", "check_request", "check_within", "limits_of"]
+__all__ = ["RequestLimits", "check_processor", "check_request", "check_within", "limits_of", "placeholders"]
 
 
 @attrs.frozen(kw_only=True)
@@ -37,6 +39,31 @@ def limits_of(model: nn.Module) -> RequestLimits:
         model: a causal language model.
     """
     return RequestLimits(vocabulary_size=known_vocabulary_size(model), context_size=context_size(model))
+
+
+def check_processor(source: EngineSource) -> None:
+    """Refuse a processor of another model than the one that an engine is started from.
+
+    Args:
+        source: what an engine is started from.
+
+    Raises:
+        UnsupportedError: the model takes no images.
+    """
+    if source.processor is not None and "pixel_values" not in inspect.signature(source.model.forward).parameters:
+        raise UnsupportedError(
+            f"processor={type(source.processor).__name__} reads images and model={type(source.model).__name__} takes "
+            "none; leave processor= out."
+        )
+
+
+def placeholders(processor: Processor | None) -> tuple[int, ...]:
+    """Return the token ids that stand for images, which no completion may have.
+
+    Args:
+        processor: of the model, if it takes images.
+    """
+    return () if processor is None else (processor.image_token_id,)
 
 
 def check_request(

@@ -9,6 +9,7 @@ import attrs
 
 from lightrft.config.sections import EngineConfig
 from lightrft.errors import WeightSyncError
+from lightrft.strategy.protocols.images import Processor
 from lightrft.strategy.protocols.rollout import (
     BuildEngine,
     Completion,
@@ -76,14 +77,18 @@ def build_setup_inference_engine(
     default = EngineConfig(type=config.engine_type)
 
     def setup_inference_engine(
-        config: EngineConfig | None = None, *, actor: nn.Module, tokenizer: Tokenizer | None = None
+        config: EngineConfig | None = None,
+        *,
+        actor: nn.Module,
+        tokenizer: Tokenizer | None = None,
+        processor: Processor | None = None,
     ) -> EngineHandle:
         from lightrft.backends.plain_model import build_plain_model  # imports torch: see below
 
         chosen = config or default
         engine = find_engine(chosen.type)(chosen)
         plain_model = build_plain_model(unwrap_model=unwrap_model, named_tensors=named_tensors)
-        return engine.start(EngineSource(model=plain_model(actor), tokenizer=tokenizer))
+        return engine.start(EngineSource(model=plain_model(actor), tokenizer=tokenizer, processor=processor))
 
     return setup_inference_engine
 

@@ -8,7 +8,7 @@ Shapes: B sequences, P prompts, T columns (tokens), V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 
 import attrs
@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lightrft.backends.rollout.decoder import Decoder
 from lightrft.errors import UnsupportedError
+from lightrft.models.images import ModelPrompt, inputs_beside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,7 +72,11 @@ def build_transformers_decoder(model: PreTrainedModel) -> Decoder[PastCache]:
     accepted = inspect.signature(model.forward).parameters
 
     def forward(
-        token_ids_BT: torch.Tensor, cache_mask_BT: torch.Tensor, positions_BT: torch.Tensor, past: _Past | None
+        token_ids_BT: torch.Tensor,
+        cache_mask_BT: torch.Tensor,
+        positions_BT: torch.Tensor,
+        past: _Past | None,
+        beside: Mapping[str, torch.Tensor],
     ) -> _Output:
         optional = {"position_ids": positions_BT, "logits_to_keep": 1}
         return cast(
@@ -82,35 +87,51 @@ def build_transformers_decoder(model: PreTrainedModel) -> Decoder[PastCache]:
                 past_key_values=past,
                 use_cache=True,
                 return_dict=True,
+                **beside,
                 **{name: value for name, value in optional.items() if name in accepted},
             ),
         )
 
     def prefill(
-        prompts: Sequence[Sequence[int]], rows_B: torch.Tensor, max_new_tokens: int
+        prompts: Sequence[Sequence[int]], rows_B: torch.Tensor, max_new_tokens: int, read: Sequence[ModelPrompt] = ()
     ) -> tuple[torch.Tensor, PastCache]:
         token_ids_PT, mask_PT = _pad(prompts, rows_B.device)
-        positions_PT = (mask_PT.cumsum(-1) - 1).clamp_(min=0)
-        output = forward(token_ids_PT, mask_PT, positions_PT, None)
+        beside = inputs_beside(read, length=token_ids_PT.shape[1], side="left", like=next(model.parameters()))
+        positions_PT = _positions(model, token_ids_PT, mask_PT, beside)
+        output = forward(token_ids_PT, mask_PT, positions_PT, None, beside)
         output.past_key_values.reorder_cache(rows_B)
         room_B = mask_PT.new_ones(len(rows_B), max_new_tokens)
         cache = PastCache(
             past=output.past_key_values,
             mask_BT=torch.cat([mask_PT[rows_B], room_B], dim=-1),
-            positions_B=positions_PT[rows_B, -1] + 1,
+            # where an image has positions of its own, one before the last may be the largest
+            positions_B=positions_PT.reshape(-1, *mask_PT.shape).amax((0, -1))[rows_B] + 1,
             length=mask_PT.shape[1],
         )
         return output.logits[:, -1][rows_B], cache
 
     def step(cache: PastCache, tokens_B: torch.Tensor) -> torch.Tensor:
         mask_BT = cache.mask_BT[:, : cache.length + 1]
-        output = forward(tokens_B.unsqueeze(1), mask_BT, cache.positions_B.unsqueeze(1), cache.past)
+        output = forward(tokens_B.unsqueeze(1), mask_BT, cache.positions_B.unsqueeze(1), cache.past, {})
         cache.past = output.past_key_values
         cache.positions_B = cache.positions_B + 1
         cache.length += 1
         return output.logits[:, -1]
 
     return Decoder(prefill=prefill, step=step, keep_rows=_keep_rows, refresh=_do_nothing, release=_do_nothing)
+
+
+def _positions(
+    model: PreTrainedModel, token_ids_PT: torch.Tensor, mask_PT: torch.Tensor, beside: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """Return the position of each token (P, T), or (3, P, T) where the model gives an image height and width."""
+    in_images = getattr(model.base_model, "get_rope_index", None)
+    if not beside or in_images is None:
+        return (mask_PT.cumsum(-1) - 1).clamp_(min=0)
+    accepted = inspect.signature(in_images).parameters
+    settings = {name: tensor for name, tensor in beside.items() if name in accepted}
+    positions_3PT: torch.Tensor = in_images(input_ids=token_ids_PT, attention_mask=mask_PT, **settings)[0]
+    return positions_3PT
 
 
 def _keep_rows(cache: PastCache, rows_B: torch.Tensor) -> None:

@@ -12,9 +12,16 @@ import torch
 
 from lightrft.backends.rollout.lifecycle import guarded
 from lightrft.backends.rollout.random_streams import stream_keys
-from lightrft.backends.rollout.request_checks import RequestLimits, check_within, limits_of
+from lightrft.backends.rollout.request_checks import (
+    RequestLimits,
+    check_processor,
+    check_within,
+    limits_of,
+    placeholders,
+)
 from lightrft.backends.rollout.vllm_inside import (
     Inside,
+    forget_images,
     free_cache,
     restore_cache,
     run_requests,
@@ -25,6 +32,7 @@ from lightrft.backends.rollout.vllm_load import begin_load, end_load, load
 from lightrft.backends.rollout.vllm_package import RequestOutput, Vllm, import_vllm
 from lightrft.backends.rollout.weights import checked, require_all
 from lightrft.errors import EngineStateError, UnsupportedError, WeightSyncError
+from lightrft.models.images import ModelPrompt, pil_image, read_prompts
 from lightrft.strategy.protocols.rollout import (
     Completion,
     Engine,
@@ -59,8 +67,9 @@ class _State:
 def build_vllm(config: EngineConfig) -> Engine:
     """Return the engine "vllm".
 
-    It takes the causal language models of transformers that vLLM has an architecture for. Asleep, it holds weights and
-    no key-value cache: on a CPU there is no other memory to which weights could go.
+    It takes the causal language models of transformers that vLLM has an architecture for, and with a processor those
+    that read images. Asleep, it holds weights and no key-value cache: on a CPU there is no other memory to which
+    weights could go.
 
     Args:
         config: `batch_size` bounds the sequences that are decoded at once, `cache_gb` is the size of the key-value
@@ -73,8 +82,9 @@ def build_vllm(config: EngineConfig) -> Engine:
     package = import_vllm()
 
     def start(source: EngineSource) -> EngineHandle:
-        state = _start(package, source.model, config)
-        handle = EngineHandle(engine=engine, status="awake", weight_version=0, state=state)
+        check_processor(source)
+        state = _start(package, source, config)
+        handle = EngineHandle(engine=engine, status="awake", weight_version=0, state=state, processor=source.processor)
         try:
             _require_same(handle, source.model)
         except BaseException:
@@ -84,13 +94,11 @@ def build_vllm(config: EngineConfig) -> Engine:
 
     def generate(handle: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
         state = _state(handle)
-        for index, prompt in enumerate(prompts):
-            if prompt.images:
-                raise UnsupportedError(f"prompts[{index}] has images and the engine 'vllm' takes text; leave them out.")
-        check_within(state.limits, [prompt.token_ids for prompt in prompts], sampling)
-        outputs = _run(package, state.inside, prompts, sampling)
+        read = read_prompts(prompts, handle.processor)
+        check_within(state.limits, [prompt.token_ids for prompt in read], sampling)
+        outputs = _run(package, handle, prompts, sampling)
         return [
-            _completion(handle, prompts[place // sampling.n], output, place % sampling.n)
+            _completion(handle, read[place // sampling.n], output, place % sampling.n)
             for place, output in enumerate(outputs)
         ]
 
@@ -124,6 +132,7 @@ def build_vllm(config: EngineConfig) -> Engine:
             raise EngineStateError(
                 "flush_cache: vLLM keeps its prefix cache, as with requests under way; start a new engine."
             )
+        forget_images(_state(handle).inside)
 
     def close(handle: EngineHandle) -> None:
         try:
@@ -133,7 +142,7 @@ def build_vllm(config: EngineConfig) -> Engine:
             gc.collect()  # vLLM's objects refer to one another: without it, the weights would stay for a while
 
     engine = Engine(
-        capabilities=frozenset({"sampling"}),
+        capabilities=frozenset({"images", "sampling"}),
         start=start,
         generate=generate,
         begin_update=begin_update,
@@ -148,7 +157,8 @@ def build_vllm(config: EngineConfig) -> Engine:
     return guarded(engine)
 
 
-def _start(package: Vllm, model: nn.Module, config: EngineConfig) -> _State:
+def _start(package: Vllm, source: EngineSource, config: EngineConfig) -> _State:
+    model = source.model
     if not hasattr(model, "get_decoder"):
         raise UnsupportedError(
             f"model={type(model).__name__} is no causal language model of transformers, which the engine 'vllm' needs; "
@@ -158,6 +168,7 @@ def _start(package: Vllm, model: nn.Module, config: EngineConfig) -> _State:
     inside = start_inside(
         package,
         cast("PreTrainedModel", model),
+        processor=source.processor,
         context=limits.context_size,
         batch_size=config.batch_size,
         cache_bytes=int(config.cache_gb * 1e9),
@@ -183,7 +194,9 @@ def _require_same(handle: EngineHandle, model: nn.Module) -> None:
         )
 
 
-def _run(package: Vllm, inside: Inside, prompts: Sequence[Prompt], sampling: SamplingParams) -> Sequence[RequestOutput]:
+def _run(
+    package: Vllm, handle: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams
+) -> Sequence[RequestOutput]:
     """Return what came of each sample, prompt by prompt; each is a request with a random stream of its own."""
     numbers = [sampling.first_prompt + index for index in range(len(prompts)) for _ in range(sampling.n)]
     keys = stream_keys(sampling.seed, numbers, list(range(sampling.n)) * len(prompts))
@@ -200,15 +213,29 @@ def _run(package: Vllm, inside: Inside, prompts: Sequence[Prompt], sampling: Sam
             ignore_eos=True,  # stop tokens are those of the request
             detokenize=False,
             logprobs=0,  # that of the sampled token alone
+            logit_bias=dict.fromkeys(placeholders(handle.processor), -math.inf) or None,
         )
         for key in (keys & _LARGEST_SEED).tolist()
     ]
-    requests = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts for _ in range(sampling.n)]
-    return run_requests(inside, requests, params, temperature=sampling.temperature or 1.0)
+    requests = [request for prompt in map(_request, prompts) for request in [prompt] * sampling.n]
+    return run_requests(_state(handle).inside, requests, params, temperature=sampling.temperature or 1.0)
 
 
-def _completion(handle: EngineHandle, prompt: Prompt, output: RequestOutput, sample_index: int) -> Completion:
+def _request(prompt: Prompt) -> dict[str, object]:
+    """Return a prompt in vLLM's form; vLLM's processor is given the placeholders, and replaces them itself."""
+    token_ids = {"prompt_token_ids": list(prompt.token_ids)}
+    if not prompt.images:
+        return {**token_ids}
+    return {**token_ids, "multi_modal_data": {"image": [pil_image(image) for image in prompt.images]}}
+
+
+def _completion(handle: EngineHandle, prompt: ModelPrompt, output: RequestOutput, sample_index: int) -> Completion:
     (made,) = output.outputs
+    if tuple(output.prompt_token_ids) != prompt.token_ids:
+        raise EngineStateError(
+            f"generate: vLLM read {list(output.prompt_token_ids)} and the processor reads {list(prompt.token_ids)}; "
+            "use the engine 'hf' for this model."
+        )
     token_ids = tuple(made.token_ids)
     logprobs = tuple(found[token].logprob for token, found in zip(token_ids, made.logprobs, strict=True))
     if not all(map(math.isfinite, logprobs)):

@@ -21,6 +21,7 @@ from torch._C._distributed_c10d import HashStore  # under `torch.distributed` it
 
 from lightrft.backends.rollout.vllm_package import Llm, RequestOutput, Vllm, undisturbed
 from lightrft.errors import ConfigError, EngineStateError, UnsupportedError
+from lightrft.strategy.protocols.images import Processor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Inside",
     "ModelRunner",
+    "forget_images",
     "free_cache",
     "restore_cache",
     "run_requests",
@@ -72,13 +74,20 @@ class Inside:
 
 
 def start_inside(
-    package: Vllm, model: PreTrainedModel, *, context: int | None, batch_size: int, cache_bytes: int
+    package: Vllm,
+    model: PreTrainedModel,
+    *,
+    processor: Processor | None,
+    context: int | None,
+    batch_size: int,
+    cache_bytes: int,
 ) -> Inside:
     """Return a running vLLM with a model's architecture, and weights of no meaning.
 
     Args:
         package: vLLM.
         model: gives architecture and dtype.
+        processor: the model's, if it shall read images.
         context: tokens of the longest sequence; None takes what vLLM reads off the architecture.
         batch_size: bound on the sequences that are decoded at once.
         cache_bytes: size of the key-value cache.
@@ -94,14 +103,16 @@ def start_inside(
         )
     owns_group = not dist.is_initialized()
     with undisturbed(), _memory_unbound(), tempfile.TemporaryDirectory() as directory:
-        _write_config(model, directory)
+        _write_config(model, processor, directory)
         if owns_group:
             # with a store in memory nothing is written and no other process can come in
             dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
         try:
             llm = package.LLM(
                 model=directory,
-                skip_tokenizer_init=True,
+                skip_tokenizer_init=processor is None,  # with images, vLLM needs the one inside of the processor
+                language_model_only=processor is None,
+                mm_hasher_algorithm="sha256",  # the default wants a package
                 trust_remote_code=False,
                 load_format="dummy",
                 generation_config="vllm",  # no sampling settings from elsewhere
@@ -152,10 +163,18 @@ def _bind_nothing(nodes: object) -> None:
     del nodes
 
 
-def _write_config(model: PreTrainedModel, directory: str) -> None:
+def _write_config(model: PreTrainedModel, processor: Processor | None, directory: str) -> None:
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.save_pretrained(directory)
+    if processor is None:
+        return
+    if not hasattr(processor, "save_pretrained"):
+        raise UnsupportedError(
+            f"processor={type(processor).__name__} cannot be saved, as vLLM reads it from a directory; use one of "
+            "transformers, or the engine 'hf'."
+        )
+    cast("Any", processor).save_pretrained(directory)
 
 
 def _refusal(model: nn.Module, error: Exception, *, cache_gb: float) -> Exception:
@@ -217,6 +236,15 @@ def run_requests(
             engine = cast("Any", inside.llm.llm_engine)
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise
+
+
+def forget_images(inside: Inside) -> None:
+    """Drop what was computed of images with earlier weights.
+
+    Args:
+        inside: a running vLLM without requests.
+    """
+    cast("Any", inside.llm.llm_engine).reset_encoder_cache()
 
 
 def free_cache(inside: Inside) -> None:

@@ -62,6 +62,7 @@ class CompletionOutput(Protocol):
 class RequestOutput(Protocol):
     """What came of one request."""
 
+    prompt_token_ids: Sequence[int]
     outputs: Sequence[CompletionOutput]
 
 

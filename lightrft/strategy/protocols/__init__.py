@@ -9,6 +9,7 @@ from lightrft.strategy.protocols.checkpointing import (
     LoadedCheckpoint,
 )
 from lightrft.strategy.protocols.collectives import Collectives, ReduceOp, TensorTree, World
+from lightrft.strategy.protocols.images import Image, Processor
 from lightrft.strategy.protocols.rollout import (
     BuildEngine,
     Completion,
@@ -40,9 +41,11 @@ __all__ = [
     "EngineHandle",
     "EngineProtocol",
     "EngineSource",
+    "Image",
     "Json",
     "LoadedCheckpoint",
     "MemoryReport",
+    "Processor",
     "Prompt",
     "ReduceOp",
     "Rollout",

@@ -16,7 +16,7 @@ Capabilities: TypeAlias = frozenset[Capability]
 CAPABILITIES = MappingProxyType(
     {
         "bf16": "a strategy computes in bfloat16 over float32 parameters; without it, bf16=True is refused",
-        "images": "an engine takes prompts with images; without it, such prompts are refused",
+        "images": "an engine that has a processor takes prompts with images; without it, such prompts are refused",
         "ranks": "a strategy trains in more than one process; without it, building it in one of several is refused",
         "sampling": "an engine draws tokens from the policy; without it, top_k, top_p and min_new_tokens are refused",
     }

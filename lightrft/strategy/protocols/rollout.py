@@ -10,6 +10,7 @@ import attrs
 from lightrft.config._checks import at_least, between
 from lightrft.config.sections import EngineConfig
 from lightrft.strategy.protocols.capabilities import Capabilities
+from lightrft.strategy.protocols.images import Image, Processor
 
 if TYPE_CHECKING:
     import torch
@@ -87,12 +88,13 @@ class Prompt:
     """One request to an engine.
 
     Attributes:
-        token_ids: ids of the prompt's tokens, at least one.
-        images: images in the order of their placeholders, as the engine's processor takes them.
+        token_ids: ids of the prompt's tokens, at least one; each image has one, the processor's placeholder
+            `image_token_id`, which the engine replaces by the tokens that the processor gives that image.
+        images: the images in the order of their placeholders.
     """
 
     token_ids: tuple[int, ...]
-    images: tuple[object, ...] = ()
+    images: tuple[Image, ...] = ()
 
 
 @attrs.frozen(kw_only=True)
@@ -129,7 +131,8 @@ class Completion:
     """What an engine made of one prompt, once.
 
     Attributes:
-        prompt_ids: the prompt's token ids.
+        prompt_ids: the prompt's token ids as the model read them: each placeholder is replaced by the tokens of its
+            image; without images they are those that were asked for.
         token_ids: sampled ids, with the stop token if one ended it.
         logprobs: log-probability of each sampled id under the policy at the sampling temperature, before top-k and
             top-p.
@@ -153,10 +156,12 @@ class EngineSource:
     Attributes:
         model: the plain model whose architecture and weights the engine begins with.
         tokenizer: its tokenizer, for engines that take or give text; None for those that do not.
+        processor: its processor, for prompts with images; None refuses them.
     """
 
     model: nn.Module
     tokenizer: Tokenizer | None
+    processor: Processor | None = None
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -168,12 +173,14 @@ class EngineHandle:
         status: where it is in its life; set by those functions.
         weight_version: how many updates were committed.
         state: what the engine itself keeps.
+        processor: what the engine reads images with; None if it takes none.
     """
 
     engine: Engine
     status: EngineStatus
     weight_version: int
     state: object
+    processor: Processor | None = None
 
     def __enter__(self) -> Self:
         """Return the handle, for a `with` block that closes the engine at its end."""
@@ -208,10 +215,10 @@ class StartEngine(Protocol):
         """Return a running engine, awake, with weights of version 0 equal to the source's.
 
         Args:
-            source: model and tokenizer.
+            source: model, tokenizer and processor.
 
         Raises:
-            UnsupportedError: the engine cannot run this model.
+            UnsupportedError: the engine cannot run this model, or the processor is of another one.
         """
         ...
 
@@ -233,11 +240,12 @@ class Generate(Protocol):
 
         Raises:
             EngineStateError: the engine is not awake.
-            DataError: a prompt is empty, has a token outside of the model's vocabulary, or leaves no room in its
-                context; its index is named.
+            DataError: a prompt is empty, has a token outside of the model's vocabulary, leaves no room in its context,
+                or has another number of images than of placeholders; its index is named.
             ConfigError: sampling parameters that cannot be met: `min_new_tokens` exceeds `max_new_tokens`, a stop token
                 is outside of the vocabulary, or prompt and `max_new_tokens` together exceed the context.
-            UnsupportedError: the engine cannot do what the request asks for, such as images; see `CAPABILITIES`.
+            UnsupportedError: the engine cannot do what the request asks for, such as images; see `CAPABILITIES`. An
+                engine that takes images was started without a processor.
         """
         ...
 
@@ -411,7 +419,12 @@ class SetupInferenceEngine(Protocol):
     """Starts the rollout engine of a run."""
 
     def __call__(
-        self, config: EngineConfig | None = None, *, actor: nn.Module, tokenizer: Tokenizer | None = None
+        self,
+        config: EngineConfig | None = None,
+        *,
+        actor: nn.Module,
+        tokenizer: Tokenizer | None = None,
+        processor: Processor | None = None,
     ) -> EngineHandle:
         """Return a running engine with the actor's weights.
 
@@ -419,6 +432,7 @@ class SetupInferenceEngine(Protocol):
             config: kind and settings of the engine; None takes the strategy's `engine_type` with its defaults.
             actor: the prepared or plain model.
             tokenizer: its tokenizer, for engines that take or give text.
+            processor: its processor, for prompts with images.
 
         Raises:
             ConfigError: no engine is registered under this name.
@@ -446,7 +460,7 @@ class GatherAndGenerate(Protocol):
     def __call__(self, engine: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
         """Return n completions of each of this rank's prompts, in order.
 
-        Every rank calls it, with any number of prompts.
+        Every rank calls it, with any number of prompts, with images or without.
 
         Law: the outputs do not depend on how the prompts are split over the ranks.
 

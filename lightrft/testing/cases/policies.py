@@ -15,7 +15,7 @@ from torch import nn
 from lightrft.config import EngineConfig, ModelConfig
 from lightrft.models.build import build_model as build_transformers_model
 from lightrft.models.tokenizer import build_character_tokenizer
-from lightrft.strategy.protocols import Completion, EngineHandle, Prompt, SamplingParams
+from lightrft.strategy.protocols import Completion, EngineHandle, Processor, Prompt, SamplingParams
 from lightrft.testing.cases.models import ModelCase, build_model
 from lightrft.testing.subject import Rank
 
@@ -100,17 +100,20 @@ def build_policy(case: PolicyCase) -> nn.Module:
 
 
 @contextmanager
-def running(rank: Rank, actor: nn.Module, *, batch_size: int | None = None) -> Generator[EngineHandle]:
+def running(
+    rank: Rank, actor: nn.Module, *, batch_size: int | None = None, processor: Processor | None = None
+) -> Generator[EngineHandle]:
     """Yield the engine that is held to its laws, started from a model, and close it.
 
     Args:
         rank: where it runs.
         actor: the plain model.
         batch_size: sequences that the engine decodes at once; None leaves it as configured.
+        processor: the model's, if it takes images.
     """
     strategy = rank.build(rank.config)
     config = rank.engine if batch_size is None else attrs.evolve(rank.engine, batch_size=batch_size)
-    with strategy.setup_inference_engine(config, actor=actor) as handle:
+    with strategy.setup_inference_engine(config, actor=actor, processor=processor) as handle:
         yield handle
 
 

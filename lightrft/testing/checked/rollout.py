@@ -8,7 +8,16 @@ import attrs
 from torch import nn
 
 from lightrft.config.sections import EngineConfig
-from lightrft.strategy.protocols import Completion, EngineHandle, Prompt, SamplingParams, SyncReport, Tokenizer
+from lightrft.models.images import read_prompts
+from lightrft.strategy.protocols import (
+    Completion,
+    EngineHandle,
+    Processor,
+    Prompt,
+    SamplingParams,
+    SyncReport,
+    Tokenizer,
+)
 from lightrft.strategy.protocols.rollout import (
     EngineGenerateLocal,
     MaybeSleepInferenceEngine,
@@ -45,10 +54,14 @@ def _checked_setup(strategy: Strategy) -> SetupInferenceEngine:
     inner = strategy.setup_inference_engine
 
     def setup_inference_engine(
-        config: EngineConfig | None = None, *, actor: nn.Module, tokenizer: Tokenizer | None = None
+        config: EngineConfig | None = None,
+        *,
+        actor: nn.Module,
+        tokenizer: Tokenizer | None = None,
+        processor: Processor | None = None,
     ) -> EngineHandle:
         before = digests(strategy.named_tensors(actor))
-        engine = inner(config, actor=actor, tokenizer=tokenizer)
+        engine = inner(config, actor=actor, tokenizer=tokenizer, processor=processor)
         changed = changed_names(before, digests(strategy.named_tensors(actor)))
         require(not changed, "setup_inference_engine", f"{changed} of the actor changed")
         life = (engine.status, engine.weight_version)
@@ -63,7 +76,8 @@ def _checked_generate(name: str, inner: EngineGenerateLocal) -> EngineGenerateLo
         status = engine.status
         completions = inner(engine, prompts, sampling)
         require(status == "awake", name, f"made completions with an engine that is {status!r} and must refuse")
-        problem = completions_problem(completions, prompts, sampling, weight_version=engine.weight_version)
+        read = [Prompt(token_ids=prompt.token_ids) for prompt in read_prompts(prompts, engine.processor)]
+        problem = completions_problem(completions, read, sampling, weight_version=engine.weight_version)
         require(problem is None, name, str(problem))
         return completions
 

@@ -19,6 +19,7 @@ from lightrft.strategy.record import Strategy
 from lightrft.testing.cases.policies import VOCABULARY, PolicyCase, build_policy, generate, policy_cases, policy_for
 from lightrft.testing.cases.prompts import prompt_cases, sampling_cases
 from lightrft.testing.law import Harness, Law, for_all
+from lightrft.testing.laws import rollout_images
 from lightrft.testing.reference.completions import (
     Refusal,
     refusal,
@@ -439,5 +440,6 @@ LAWS: tuple[Law, ...] = (
         statement="An engine that nobody registered is refused by its name.",
         check=for_all(_unknown_names, _unknown_engine),
     ),
+    *rollout_images.LAWS,
 )
 """What strategies do around engines."""

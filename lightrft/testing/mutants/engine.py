@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeAlias
 
 import attrs
@@ -217,6 +217,42 @@ def _without_images(prompts: Sequence[Prompt], sampling: SamplingParams) -> _Req
     return [attrs.evolve(prompt, images=()) for prompt in prompts], sampling
 
 
+def _images_reversed(prompts: Sequence[Prompt], sampling: SamplingParams) -> _Request:
+    return [attrs.evolve(prompt, images=prompt.images[::-1]) for prompt in prompts], sampling
+
+
+def _first_image_alone(prompts: Sequence[Prompt], sampling: SamplingParams) -> _Request:
+    return [attrs.evolve(prompt, images=prompt.images[:1] * len(prompt.images)) for prompt in prompts], sampling
+
+
+def _counted_images(
+    right: Generate, handle: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams
+) -> list[Completion]:
+    """Leave out images without a placeholder."""
+    if handle.processor is None:
+        return right(handle, prompts, sampling)
+    token = handle.processor.image_token_id
+    counted = [attrs.evolve(each, images=each.images[: each.token_ids.count(token)]) for each in prompts]
+    return right(handle, counted, sampling)
+
+
+def _blind_to_updates(engine: Engine, config: EngineConfig) -> Engine:
+    """Keep what sees as it was when the engine was started."""
+    del config
+    kept: dict[str, Tensor] = {}
+
+    def begin_update(handle: EngineHandle) -> None:
+        model = weights_inside(handle).model
+        if not kept:
+            kept.update({name: tensor.clone() for name, tensor in model.state_dict().items() if "vision" in name})
+        engine.begin_update(handle)
+
+    def put(handle: EngineHandle, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        engine.put(handle, [(name, kept.get(name, tensor)) for name, tensor in tensors])
+
+    return serve(attrs.evolve(engine, begin_update=begin_update, put=put))
+
+
 def _without_empty(prompts: Sequence[Prompt], sampling: SamplingParams) -> _Request:
     return [prompt for prompt in prompts if prompt.token_ids], sampling
 
@@ -378,6 +414,16 @@ MUTANTS: tuple[Mutant, ...] = (
         "engine.order.one_more_token", "Completions have one token more than asked for.", _asking(_one_more_token)
     ),
     engine_mutant("engine.refusals.dropped_images", "Images are dropped without a word.", _asking(_without_images)),
+    engine_mutant("engine.images.reversed", "The images of a prompt come in reverse order.", _asking(_images_reversed)),
+    engine_mutant(
+        "engine.images.first_alone", "Every image of a prompt is its first one.", _asking(_first_image_alone)
+    ),
+    engine_mutant(
+        "engine.image_refusals.left_out", "Images without a placeholder are left out.", _generating(_counted_images)
+    ),
+    engine_mutant(
+        "engine.image_update.old_eyes", "An image is seen with the first weights for ever.", _blind_to_updates
+    ),
     engine_mutant(
         "engine.refusals.dropped_empty", "Empty prompts are dropped without a word.", _asking(_without_empty)
     ),

@@ -14,7 +14,15 @@ from torch import nn
 from lightrft.config import EngineConfig
 from lightrft.errors import ConfigError, WeightSyncError
 from lightrft.strategy.config import StrategyConfig
-from lightrft.strategy.protocols import Completion, EngineHandle, Prompt, SamplingParams, SyncReport, Tokenizer
+from lightrft.strategy.protocols import (
+    Completion,
+    EngineHandle,
+    Processor,
+    Prompt,
+    SamplingParams,
+    SyncReport,
+    Tokenizer,
+)
 from lightrft.strategy.record import Strategy
 from lightrft.testing.mutants.mutant import BreakStrategy, Mutant, strategy_mutant
 from lightrft.testing.replicated import build_simulated
@@ -103,10 +111,14 @@ def _of_first_weights(strategy: Strategy, config: StrategyConfig) -> Strategy:
     first: list[nn.Module] = []
 
     def setup_inference_engine(
-        config: EngineConfig | None = None, *, actor: nn.Module, tokenizer: Tokenizer | None = None
+        config: EngineConfig | None = None,
+        *,
+        actor: nn.Module,
+        tokenizer: Tokenizer | None = None,
+        processor: Processor | None = None,
     ) -> EngineHandle:
         first[:] = [copy.deepcopy(actor)]
-        return strategy.setup_inference_engine(config, actor=actor, tokenizer=tokenizer)
+        return strategy.setup_inference_engine(config, actor=actor, tokenizer=tokenizer, processor=processor)
 
     def update_engine_weights(engine: EngineHandle, actor: nn.Module) -> SyncReport:
         del actor
@@ -225,13 +237,17 @@ def _fallen_back(strategy: Strategy, config: StrategyConfig) -> Strategy:
     del config
 
     def setup_inference_engine(
-        config: EngineConfig | None = None, *, actor: nn.Module, tokenizer: Tokenizer | None = None
+        config: EngineConfig | None = None,
+        *,
+        actor: nn.Module,
+        tokenizer: Tokenizer | None = None,
+        processor: Processor | None = None,
     ) -> EngineHandle:
         try:
-            return strategy.setup_inference_engine(config, actor=actor, tokenizer=tokenizer)
+            return strategy.setup_inference_engine(config, actor=actor, tokenizer=tokenizer, processor=processor)
         except ConfigError:
             other = EngineConfig(type="scripted")
-            return strategy.setup_inference_engine(other, actor=actor, tokenizer=tokenizer)
+            return strategy.setup_inference_engine(other, actor=actor, tokenizer=tokenizer, processor=processor)
 
     return attrs.evolve(strategy, setup_inference_engine=setup_inference_engine)
 

@@ -5,7 +5,7 @@ T tokens, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ParamSpec, Protocol
 
 import attrs
@@ -107,36 +107,55 @@ def require_requests(
         raise LawError(f"{problem}; sampling was {sampling}, and made were {list(made)}.")
 
 
-def trainer_logits(model: nn.Module, made: Sequence[Completion]) -> list[Tensor]:
+def trainer_logits(
+    model: nn.Module, made: Sequence[Completion], beside: Sequence[Mapping[str, Tensor]] = ()
+) -> list[Tensor]:
     """Return for each completion the trainer's logits (T, V) before each of its tokens, in float64.
 
     Args:
         model: the plain model; called as `model(input_ids)`, it returns logits or an object with `logits`.
         made: the completions.
+        beside: what the model is given beside the tokens of each completion; empty where all are of text.
     """
     if not made:
         return []
     rows = [torch.tensor(completion.prompt_ids + completion.token_ids) for completion in made]
     with torch.no_grad():
-        # what follows a sequence on the right cannot be seen by a causal model
-        output = model(pad_sequence(rows, batch_first=True))
-    logits_BTV: Tensor = getattr(output, "logits", output).double()
+        logits = (
+            # one by one: images of several sequences are arranged in a way of each model's own
+            [_logits(model(row_T[None], **inputs))[0] for row_T, inputs in zip(rows, beside, strict=True)]
+            if beside
+            # what follows a sequence on the right cannot be seen by a causal model
+            else _logits(model(pad_sequence(rows, batch_first=True)))
+        )
     places = [(len(completion.prompt_ids) - 1, len(completion.token_ids)) for completion in made]
-    return [row_TV[start : start + length] for row_TV, (start, length) in zip(logits_BTV, places, strict=True)]
+    return [row_TV[start : start + length] for row_TV, (start, length) in zip(logits, places, strict=True)]
 
 
-def require_logprobs(made: Sequence[Completion], model: nn.Module, *, temperature: float) -> None:
+def _logits(output: Tensor) -> Tensor:
+    logits: Tensor = getattr(output, "logits", output)
+    return logits.double()
+
+
+def require_logprobs(
+    made: Sequence[Completion],
+    model: nn.Module,
+    *,
+    temperature: float,
+    beside: Sequence[Mapping[str, Tensor]] = (),
+) -> None:
     """Raise unless every logprob is the trainer's own at the sampling temperature, before top-k and top-p.
 
     Args:
         made: the completions.
         model: the trainer's model.
         temperature: of the sampling; 0 means logprobs at 1.
+        beside: as for `trainer_logits`.
 
     Raises:
         LawError: a logprob differs by more than `BOUND`.
     """
-    for completion, logits_TV in zip(made, trainer_logits(model, made), strict=True):
+    for completion, logits_TV in zip(made, trainer_logits(model, made, beside), strict=True):
         policy_TV = torch.log_softmax(logits_TV / (temperature or 1.0), dim=-1)
         wanted_T = policy_TV.gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
         difference = (wanted_T - torch.tensor(completion.logprobs, dtype=torch.float64)).abs().max().item()
@@ -145,18 +164,28 @@ def require_logprobs(made: Sequence[Completion], model: nn.Module, *, temperatur
             raise LawError(f"{completion}: its logprobs must be the trainer's, {wanted}, within {BOUND} nats.")
 
 
-def require_greedy(made: Sequence[Completion], model: nn.Module, sampling: SamplingParams) -> None:
+def require_greedy(
+    made: Sequence[Completion],
+    model: nn.Module,
+    sampling: SamplingParams,
+    *,
+    beside: Sequence[Mapping[str, Tensor]] = (),
+    never: Sequence[int] = (),
+) -> None:
     """Raise unless every token has the trainer's largest logit, ties aside.
 
     Args:
         made: greedy completions.
         model: the trainer's model.
         sampling: how they were made; stop tokens do not count before `min_new_tokens`.
+        beside: as for `trainer_logits`.
+        never: tokens that do not count.
 
     Raises:
         LawError: a token has a smaller logit.
     """
-    for completion, logits_TV in zip(made, trainer_logits(model, made), strict=True):
+    for completion, logits_TV in zip(made, trainer_logits(model, made, beside), strict=True):
+        logits_TV[:, list(never)] = float("-inf")
         logits_TV[: sampling.min_new_tokens, list(sampling.stop_token_ids)] = float("-inf")
         seen_T = logits_TV.gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
         below_T = logits_TV.amax(-1) - seen_T > BOUND
@@ -165,18 +194,25 @@ def require_greedy(made: Sequence[Completion], model: nn.Module, sampling: Sampl
             raise LawError(f"{completion}: greedy tokens must be those of the trainer's largest logits, {best}.")
 
 
-def require_same_greedy(made: Sequence[Completion], wanted: Sequence[Completion], model: nn.Module) -> None:
+def require_same_greedy(
+    made: Sequence[Completion],
+    wanted: Sequence[Completion],
+    model: nn.Module,
+    *,
+    beside: Sequence[Mapping[str, Tensor]] = (),
+) -> None:
     """Raise unless two greedy completions of each prompt are the same up to their first tie.
 
     Args:
         made: the completions.
         wanted: what they must be.
         model: the trainer's model, which says what is a tie.
+        beside: as for `trainer_logits`.
 
     Raises:
         LawError: they differ where there is no tie.
     """
-    for seen, must, logits_TV in zip(made, wanted, trainer_logits(model, wanted), strict=True):
+    for seen, must, logits_TV in zip(made, wanted, trainer_logits(model, wanted, beside), strict=True):
         pairs = zip(seen.token_ids, must.token_ids, logits_TV, strict=False)
         split = next(((one, other, logits_V) for one, other, logits_V in pairs if one != other), None)
         if split is None and len(seen.token_ids) == len(must.token_ids):

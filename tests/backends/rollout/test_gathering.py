@@ -9,7 +9,7 @@ import pytest
 from lightrft.backends.collectives.simulated import build_collectives, run_simulated
 from lightrft.backends.rollout.gathering import build_gather_and_generate
 from lightrft.config.sections import EngineConfig
-from lightrft.errors import EngineStateError, LightRFTError, UnsupportedError
+from lightrft.errors import EngineStateError, LightRFTError
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.protocols.rollout import Completion, Engine, EngineHandle, Prompt, SamplingParams
 from lightrft.strategy.registry import find_engine
@@ -69,19 +69,3 @@ def test_what_one_rank_refuses_all_refuse_with_its_number(raised: LightRFTError,
         return str(refused.value), refused.value.__cause__ is raised
 
     assert run_simulated(3, program) == [("rank 1: it is torn.", rank == 1) for rank in range(3)]
-
-
-def test_images_are_refused_before_anything_is_generated() -> None:
-    """All ranks say which one has images."""
-
-    def program(rank: int) -> str:
-        def generate(engine: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
-            raise AssertionError((engine, prompts, sampling))
-
-        prompts = [Prompt(token_ids=(1,), images=("x",) * rank)]
-        with pytest.raises(UnsupportedError) as refused:
-            build_gather_and_generate(COLLECTIVES, generate)(handle_of(), prompts, SamplingParams())
-        return str(refused.value)
-
-    words = "prompts of rank 1 have images, which several ranks do not take; leave them out."
-    assert run_simulated(2, program) == [words] * 2

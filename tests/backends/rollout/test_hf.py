@@ -15,6 +15,7 @@ from lightrft.config.sections import EngineConfig
 from lightrft.errors import EngineStateError, UnsupportedError, WeightSyncError
 from lightrft.strategy import get_strategy
 from lightrft.strategy.config import StrategyConfig
+from lightrft.strategy.protocols.images import Image
 from lightrft.strategy.protocols.rollout import EngineHandle, EngineSource, Prompt, SamplingParams
 
 PROMPTS = [Prompt(token_ids=(1, 2, 3)), Prompt(token_ids=(4,)), Prompt(token_ids=(5, 6))]
@@ -143,8 +144,9 @@ def test_what_the_engine_cannot_do_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="Linear is no causal language model of transformers"):
         start(nn.Linear(2, 2))
     handle = start(model_of(1))
-    with pytest.raises(UnsupportedError, match=r"prompts\[0\] has images"):
-        handle.engine.generate(handle, [Prompt(token_ids=(1,), images=("cat.png",))], SamplingParams())
+    image = Image(width=1, height=1, pixels=bytes(3))
+    with pytest.raises(UnsupportedError, match=r"prompts\[0\] has images and the engine no processor"):
+        handle.engine.generate(handle, [Prompt(token_ids=(1,), images=(image,))], SamplingParams())
 
 
 def test_an_aborted_update_is_torn() -> None:
@@ -186,7 +188,7 @@ def test_the_batch_size_bounds_what_is_decoded_at_once() -> None:
         handle.state.weights.model.get_input_embeddings().register_forward_pre_hook(watch)
         made.append([c.token_ids for c in handle.engine.generate(handle, PROMPTS, SamplingParams(max_new_tokens=3))])
         assert max(rows) == min(batch_size, len(PROMPTS))
-        assert handle.engine.capabilities == frozenset({"sampling"})
+        assert handle.engine.capabilities == frozenset({"images", "sampling"})
         handle.engine.sleep(handle)
         handle.state.device = torch.device("meta")  # every machine has it
         handle.engine.wake(handle)

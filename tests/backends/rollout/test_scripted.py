@@ -13,6 +13,7 @@ from lightrft.backends.rollout.weights import check_coverage, copy_model, tensor
 from lightrft.config.sections import EngineConfig
 from lightrft.errors import ConfigError, DataError, UnsupportedError, WeightSyncError
 from lightrft.models.tokenizer import build_character_tokenizer
+from lightrft.strategy.protocols.images import Image
 from lightrft.strategy.protocols.rollout import EngineHandle, EngineSource, Prompt, SamplingParams
 
 
@@ -104,7 +105,9 @@ def test_bad_requests_name_the_prompt() -> None:
     with pytest.raises(DataError, match=r"prompts\[1\]=\[\] is empty"):
         handle.engine.generate(handle, [Prompt(token_ids=(1,)), Prompt(token_ids=())], SamplingParams())
     with pytest.raises(UnsupportedError, match=r"prompts\[0\] has images"):
-        handle.engine.generate(handle, [Prompt(token_ids=(1,), images=("cat.png",))], SamplingParams())
+        handle.engine.generate(
+            handle, [Prompt(token_ids=(1,), images=(Image(width=1, height=1, pixels=bytes(3)),))], SamplingParams()
+        )
     with pytest.raises(ConfigError, match="there is no tokenizer"):
         build_scripted(EngineConfig(script=("a",))).start(EngineSource(model=tiny_model(), tokenizer=None))
 

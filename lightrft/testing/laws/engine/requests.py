@@ -18,6 +18,7 @@ from lightrft.testing.cases.policies import (
     running,
 )
 from lightrft.testing.cases.prompts import prompt_cases, sampling_cases
+from lightrft.testing.cases.vision import ImageCase, build_image
 from lightrft.testing.law import Harness, Law, for_all
 from lightrft.testing.reference.completions import (
     Refusal,
@@ -186,7 +187,7 @@ def _generate_badly(rank: Rank, case: _BadCalls) -> _Answers:
         "long": Prompt(token_ids=(1,) * (CONTEXT + case.surplus)),
         "token beyond the vocabulary": Prompt(token_ids=(*case.prompts[case.place], VOCABULARY)),
         "negative token": Prompt(token_ids=(-1, *case.prompts[case.place])),
-        "images": Prompt(token_ids=case.prompts[case.place], images=("image",)),
+        "images": Prompt(token_ids=case.prompts[case.place], images=(build_image(ImageCase()),)),
     }
     room = CONTEXT - max(len(prompt) for prompt in case.prompts)
     lengths = {"max_new_tokens": room + 1, "fitting": room}
@@ -223,7 +224,8 @@ def _refusals(harness: Harness, case: _BadCalls) -> None:
         elif answer.fault == "fitting":
             if answer.refused:
                 raise LawError(f"{of} raised {answer.refused}; prompt and max_new_tokens fit into the context.")
-        elif ("images" if answer.fault == "images" else "sampling") not in seen.capabilities:
+        elif answer.fault == "images" or "sampling" not in seen.capabilities:
+            # an engine that takes images has none of their processor here
             require_refusal(answer.refused, UnsupportedError, of=of)
         elif answer.fault in _CHOOSING and answer.refused:
             raise LawError(f"{of} raised {answer.refused} and the engine claims 'sampling'.")
