@@ -19,6 +19,7 @@ from lightrft.testing.cases.vision import (
     ImageCase,
     VisionCase,
     VisionPrompt,
+    build_image,
     build_processor,
     build_vision_policy,
     prompt_of,
@@ -133,12 +134,13 @@ def _bad_calls(draw: DrawFn, world_size: int) -> _BadCall:
 
 
 def _faulty(prompt: Prompt, placeholder: int) -> list[Prompt]:
-    more = attrs.evolve(prompt, token_ids=(*prompt.token_ids, placeholder))
-    return [more, attrs.evolve(more, token_ids=(*more.token_ids, placeholder)), *_fewer(prompt)]
-
-
-def _fewer(prompt: Prompt) -> list[Prompt]:
-    return [attrs.evolve(prompt, images=prompt.images[:-1])] if prompt.images else []
+    """Return the prompt with a placeholder too many, an image too many, and an image too few."""
+    fewer = [attrs.evolve(prompt, images=prompt.images[:-1])] if prompt.images else []
+    return [
+        attrs.evolve(prompt, token_ids=(*prompt.token_ids, placeholder)),
+        attrs.evolve(prompt, images=(*prompt.images, build_image(ImageCase()))),
+        *fewer,
+    ]
 
 
 def _generate_badly(rank: Rank, case: _BadCall) -> _Refused:
