@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -13,8 +14,10 @@ from torch import nn
 from lightrft.errors import UnsupportedError
 from lightrft.strategy.protocols.training import NamedTensors, UnwrapModel
 
-__all__ = ["PlainModel", "build_plain_model", "keep_structure"]
+__all__ = ["PlainModel", "build_plain_model", "keep_structure", "plain_name"]
 
+# what torch's activation checkpointing and `torch.compile` put between a module's name and those of its parts
+_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_checkpoint_wrapped_module|_orig_mod)(?:\.|$)")
 _STRUCTURE = "_lightrft_structure"
 """Name of the attribute by which a module inside of a prepared one carries its `Structure`."""
 
@@ -42,6 +45,15 @@ class PlainModel(Protocol):
             model: the prepared model.
         """
         ...
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a tensor or module has without wrappers.
+
+    Args:
+        name: as torch has it.
+    """
+    return _WRAPPERS.sub("", name).removesuffix(".")
 
 
 def keep_structure(model: nn.Module) -> None:

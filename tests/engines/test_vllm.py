@@ -12,6 +12,7 @@ from typing import cast
 
 import psutil
 import pytest
+import sync_rounds
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -266,6 +267,23 @@ def test_a_second_engine_of_a_process_is_refused(engines: ExitStack) -> None:
     assert generate(start(engines, policy()), GREEDY) == wanted
 
 
+def twice(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+    """Be what vLLM does not know of: a hook that changes the logits."""
+    del module, args
+    return 2 * output
+
+
+@pytest.mark.parametrize("expert_size", [32, 40])
+def test_experts_arrive_in_every_sync(engines: ExitStack, expert_size: int) -> None:
+    """Experts, which vLLM rearranges at its first load alone and pads to a multiple of 32, arrive in every sync."""
+    handle = start(engines, sync_rounds.build("experts", expert_size=expert_size))
+    strategy = get_strategy(StrategyConfig(strategy="single"))
+    for seed in (1, 2):
+        new = sync_rounds.build("experts", seed=seed, expert_size=expert_size)
+        assert strategy.update_engine_weights(handle, new).max_logprob_difference < 1e-5
+        assert logprob_difference(generate(handle, HOT), new, temperature=1.7) < 1e-5
+
+
 def test_what_vllm_cannot_run_is_refused_when_it_starts(engines: ExitStack) -> None:
     """Heads of another size, a cache that is too small and what vLLM computes otherwise are refused."""
     with pytest.raises(UnsupportedError, match="head_dim=8 is not among the sizes"):
@@ -274,8 +292,9 @@ def test_what_vllm_cannot_run_is_refused_when_it_starts(engines: ExitStack) -> N
         start(engines, policy(), EngineConfig(type="vllm", cache_gb=1e-6))
     with pytest.raises(UnsupportedError, match="is no causal language model"):
         start(engines, nn.Linear(2, 2))
-    experts = ModelConfig(architecture="qwen3_moe", hidden_size=64, num_heads=2, max_length=32, initializer_range=0.25)
-    with pytest.raises(UnsupportedError, match=r"model=Qwen3MoeForCausalLM is another one in vLLM: a logprob is"):
-        start(engines, build_model(experts, build_character_tokenizer("0123456789+"), seed=0))
+    other = policy()
+    other.get_submodule("lm_head").register_forward_hook(twice)
+    with pytest.raises(UnsupportedError, match=r"model=Qwen3ForCausalLM is another one in vLLM: a logprob is"):
+        start(engines, other)
     assert not dist.is_initialized()
     assert len(generate(start(engines, policy()), GREEDY)) == len(PROMPTS)

@@ -1,56 +1,42 @@
 """Adapters of peft in an export: alone, in peft's own layout, or merged into the weights that they adapt.
 
 The live model is only read. What is merged is a copy of one layer, made when its weight is written, so that the
-arithmetic is peft's own and an export that breaks off leaves nothing to undo. Nothing here imports peft for a process
-that has not done so.
+arithmetic is peft's own and an export that breaks off leaves nothing to undo.
 """
 
 from __future__ import annotations
 
 import copy
-import sys
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-import attrs
 import torch
 from torch import nn
 
+from lightrft.backends.adapters import (
+    Adapted,
+    base_name,
+    copy_with,
+    has_adapters,
+    is_changed,
+    only_adapter,
+    owner_of,
+    owners_of,
+)
 from lightrft.backends.checkpointing.access import LiveTensor, ModelState
-from lightrft.backends.checkpointing.named import plain_name
 from lightrft.backends.checkpointing.turns import Computed, Gatherable
+from lightrft.backends.plain_model import plain_name
 from lightrft.errors import CheckpointError, ConfigError, UnsupportedError
 from lightrft.strategy.protocols.checkpointing import AdaptersKind
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
 __all__ = ["ADAPTERS", "Adapted", "adapted", "adapter_tensors", "merged_tensors", "write_adapter_config"]
 
 ADAPTERS = "adapter_model.safetensors"
 """File of adapters alone."""
-_BASE = "base_model.model."  # what peft puts before the names of the model that it adapts
-_LAYER = "base_layer."
-
-
-@attrs.frozen(kw_only=True, eq=False)
-class Adapted:
-    """A model with one adapter.
-
-    Attributes:
-        model: peft's model around the base.
-        base: the model inside, which brings configuration and class.
-        adapter: the adapter's name.
-        config: its settings.
-    """
-
-    model: PeftModel
-    base: nn.Module
-    adapter: str
-    config: LoraConfig
 
 
 def adapted(model: nn.Module, adapters: AdaptersKind | None) -> Adapted | None:
@@ -66,13 +52,13 @@ def adapted(model: nn.Module, adapters: AdaptersKind | None) -> Adapted | None:
     """
     if adapters not in (None, "alone", "merged"):
         raise ConfigError(f"adapters={adapters!r} is unknown; pass 'alone' or 'merged'.")
-    if not _has_adapters(model):
+    if not has_adapters(model):
         if adapters is not None:
             raise ConfigError(f"adapters={adapters!r}, and the model has no adapters of peft; leave it out.")
         return None
     if adapters is None:
         raise ConfigError("adapters=None, and the model has adapters of peft; pass adapters='alone' or 'merged'.")
-    return _only_adapter(model)
+    return only_adapter(model)
 
 
 def adapter_tensors(found: Adapted, state: ModelState) -> dict[str, LiveTensor]:
@@ -135,10 +121,10 @@ def merged_tensors(found: Adapted, state: ModelState) -> tuple[dict[str, Gathera
     Raises:
         UnsupportedError: a layer is of a kind that is not merged, or is tied to another.
     """
-    owners = _owners(found)
-    names = {name: _base_name(name, owners, found.adapter) for name in (*state.tensors, *state.aliases)}
+    owners = owners_of(found)
+    names = {name: base_name(name, owners, found.adapter) for name in (*state.tensors, *state.aliases)}
     for alias, first in state.aliases.items():
-        owned = [name for name in (alias, first) if _owner(name, owners) is not None]
+        owned = [name for name in (alias, first) if owner_of(name, owners) is not None]
         if owned and (names[alias] is not None or names[first] is not None):
             raise UnsupportedError(
                 f"{alias} and {first} are one tensor, and the adapter changes {owned[0]}; pass adapters='alone'."
@@ -147,79 +133,11 @@ def merged_tensors(found: Adapted, state: ModelState) -> tuple[dict[str, Gathera
     for name, tensor in state.tensors.items():
         new = names[name]
         if new is not None:
-            owner = _owner(name, owners)
-            is_changed = owner is not None and _is_changed(name.removeprefix(f"{owner}."), owners[owner], found)
-            tensors[new] = _merged(name, str(owner), owners[str(owner)], found, state) if is_changed else tensor
+            owner = owner_of(name, owners)
+            changes = owner is not None and is_changed(name.removeprefix(f"{owner}."), owners[owner], found)
+            tensors[new] = _merged(name, str(owner), owners[str(owner)], found, state) if changes else tensor
     aliases = {str(names[alias]): str(names[first]) for alias, first in state.aliases.items() if names[alias]}
     return tensors, aliases
-
-
-def _has_adapters(model: nn.Module) -> bool:
-    if sys.modules.get("peft") is None:  # whoever made adapters has imported it
-        return False
-    from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return any(isinstance(module, PeftModel | BaseTunerLayer) for module in model.modules())
-
-
-def _only_adapter(model: nn.Module) -> Adapted:
-    from peft import LoraConfig, PeftModel, PeftType
-
-    if not isinstance(model, PeftModel):
-        raise UnsupportedError(
-            f"the model is a {type(model).__name__} with adapters inside; wrap it with peft.get_peft_model instead."
-        )
-    names = list(model.peft_config)
-    if len(names) != 1:
-        raise UnsupportedError(f"the model has the adapters {', '.join(names)}; delete all but one (delete_adapter).")
-    config = model.peft_config[names[0]]
-    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
-        raise UnsupportedError(
-            f"the adapter {names[0]!r} is of {type(config).__name__}, which is not exported; use LoraConfig."
-        )
-    return Adapted(model=model, base=model.get_base_model(), adapter=names[0], config=config)
-
-
-def _owners(found: Adapted) -> dict[str, nn.Module]:
-    """Return the modules that peft has put in the place of the base's own, by their names."""
-    from peft.tuners.lora import Embedding, Linear
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-
-    owners: dict[str, nn.Module] = {}
-    for path, module in found.model.named_modules(remove_duplicate=False):
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            if not isinstance(module, Linear | Embedding | ModulesToSaveWrapper):
-                raise UnsupportedError(
-                    f"{path} ({type(module).__name__}) is no plain linear layer or embedding; pass adapters='alone'."
-                )
-            owners[plain_name(path)] = module
-    return owners
-
-
-def _owner(name: str, owners: Iterable[str]) -> str | None:
-    parts = name.split(".")
-    paths = (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
-    known = set(owners)
-    return next((path for path in paths if path in known), None)
-
-
-def _base_name(name: str, owners: Iterable[str], adapter: str) -> str | None:
-    """Return what the base calls a tensor, or None if the base lacks it."""
-    owner = _owner(name, owners)
-    if owner is None:
-        return name.removeprefix(_BASE)
-    rest = name.removeprefix(f"{owner}.")
-    for kept in (_LAYER, f"modules_to_save.{adapter}."):
-        if rest.startswith(kept):
-            return f"{owner}.{rest.removeprefix(kept)}".removeprefix(_BASE)
-    return None
-
-
-def _is_changed(rest: str, layer: nn.Module, found: Adapted) -> bool:
-    is_adapted = rest == f"{_LAYER}weight" or (rest == f"{_LAYER}bias" and found.config.lora_bias)
-    return is_adapted and found.adapter not in cast("BaseTunerLayer", layer).merged_adapters
 
 
 def _first(name: str, state: ModelState) -> str:
@@ -233,7 +151,7 @@ def _merged(name: str, owner: str, layer: nn.Module, found: Adapted, state: Mode
         try:
             with torch.no_grad():
                 # where the layer computes, so that its arithmetic is the live one's
-                merged = _copy_of(layer, owner, {path: tensors[path].to(devices[path]) for path in paths})
+                merged = copy_with(layer, owner, {path: tensors[path].to(devices[path]) for path in paths})
                 cast("BaseTunerLayer", merged).merge(adapter_names=[found.adapter])
         except Exception as error:
             raise CheckpointError(f"{name} cannot be merged ({error!r}); pass adapters='alone'.") from error
@@ -243,23 +161,3 @@ def _merged(name: str, owner: str, layer: nn.Module, found: Adapted, state: Mode
     sources = {path: state.tensors[_first(path, state)] for path in paths}
     devices = {path: source.part().values.device for path, source in sources.items()}
     return Computed(shape=live.shape, dtype=live.dtype, sources=sources, compute=merge)
-
-
-def _copy_of(module: nn.Module, name: str, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """Return a copy of a module with these parameters, which shares nothing with it that merging changes.
-
-    A deep copy would take hooks, engines and sharded tensors along, and `fully_shard` forbids it.
-    """
-    containers = (dict, list, set, OrderedDict)
-    fields = {key: copy.copy(value) if type(value) in containers else value for key, value in vars(module).items()}
-    fields["_parameters"] = {
-        key: None if parameter is None else nn.Parameter(tensors[f"{name}.{key}"], requires_grad=False)
-        for key, parameter in module._parameters.items()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-    }
-    fields["_modules"] = {
-        key: None if child is None else _copy_of(child, plain_name(f"{name}.{key}"), tensors)
-        for key, child in module._modules.items()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-    }
-    copied = object.__new__(type(module))
-    vars(copied).update(fields)
-    return copied

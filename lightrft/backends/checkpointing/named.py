@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -12,13 +11,12 @@ from torch import nn
 
 from lightrft.backends.checkpointing.sharded import local_part
 from lightrft.backends.checkpointing.tensor_files import require_plain
+from lightrft.backends.plain_model import plain_name
 from lightrft.errors import UnsupportedError
 
-__all__ = ["NamedState", "describe", "difference", "named_state", "plain_name"]
+__all__ = ["NamedState", "describe", "difference", "named_state"]
 
 _SHOWN = 5  # names that an error lists in full
-# what torch's activation checkpointing and `torch.compile` put between a module's name and those of its parts
-_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_checkpoint_wrapped_module|_orig_mod)(?:\.|$)")
 
 
 class _Described(Protocol):
@@ -90,15 +88,6 @@ def difference(*, saved: Mapping[str, object], live: Mapping[str, object]) -> st
     parts = [("lacks", missing), ("has what the live state lacks:", unknown), ("differs in", other)]
     said = [f"{verb} {_listed(names)}" for verb, names in parts if names]
     return " and ".join(said) or None
-
-
-def plain_name(name: str) -> str:
-    """Return the name that a tensor or module has without wrappers.
-
-    Args:
-        name: as torch has it.
-    """
-    return _WRAPPERS.sub("", name).removesuffix(".")
 
 
 def _listed(names: list[str]) -> str:

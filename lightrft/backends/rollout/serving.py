@@ -83,12 +83,15 @@ def build_setup_inference_engine(
         tokenizer: Tokenizer | None = None,
         processor: Processor | None = None,
     ) -> EngineHandle:
-        from lightrft.backends.plain_model import build_plain_model  # imports torch: see below
+        # both import torch: see below
+        from lightrft.backends.adapters import has_adapters, merged_model
+        from lightrft.backends.plain_model import build_plain_model
 
         chosen = config or default
         engine = find_engine(chosen.type)(chosen)
-        plain_model = build_plain_model(unwrap_model=unwrap_model, named_tensors=named_tensors)
-        return engine.start(EngineSource(model=plain_model(actor), tokenizer=tokenizer, processor=processor))
+        plain = build_plain_model(unwrap_model=unwrap_model, named_tensors=named_tensors)(actor)
+        model = merged_model(plain) if has_adapters(plain) else plain
+        return engine.start(EngineSource(model=model, tokenizer=tokenizer, processor=processor))
 
     return setup_inference_engine
 
@@ -128,20 +131,26 @@ def build_rollout(
         ),
         engine_generate_local=engine_generate_local,
         gather_and_generate=gather_and_generate,
-        update_engine_weights=_build_update(config, named_tensors=named_tensors),
+        update_engine_weights=_build_update(config, named_tensors=named_tensors, unwrap_model=unwrap_model),
         maybe_sleep_inference_engine=maybe_sleep_inference_engine,
         wakeup_inference_engine=wakeup_inference_engine,
     )
 
 
-def _build_update(config: StrategyConfig, *, named_tensors: NamedTensors) -> UpdateEngineWeights:
+def _build_update(
+    config: StrategyConfig, *, named_tensors: NamedTensors, unwrap_model: UnwrapModel
+) -> UpdateEngineWeights:
     def update_engine_weights(engine: EngineHandle, actor: nn.Module) -> SyncReport:
-        # both import torch, which building a strategy does not need
+        # all import torch, which building a strategy does not need
         import torch
 
+        from lightrft.backends.adapters import has_adapters, merged_stream
         from lightrft.weight_sync import PROBE_BOUNDS, probe_difference, transfer_weights
 
-        num_tensors, num_bytes = transfer_weights(named_tensors(actor), engine)
+        inner, tensors = unwrap_model(actor), named_tensors(actor)
+        num_tensors, num_bytes = transfer_weights(
+            merged_stream(inner, tensors) if has_adapters(inner) else tensors, engine
+        )
         try:
             difference = probe_difference(engine, actor)
         except BaseException:

@@ -20,6 +20,10 @@ class _QuantMethod(Protocol):
     def process_weights_after_loading(self, layer: object) -> None: ...
 
 
+class _ExpertsMethod(Protocol):
+    moe_kernel: object
+
+
 class _Layer(Protocol):
     """A layer whose matrix was rearranged for the CPU."""
 
@@ -35,8 +39,21 @@ def begin_load(inside: Inside) -> None:
     """
     if inside.loaded is not None:
         end_load(inside)
+    _forget_kernels(inside.model)
     _reload().initialize_layerwise_reload(inside.model)
     inside.loaded = set()
+
+
+def _forget_kernels(model: nn.Module) -> None:
+    """Let vLLM make the kernels of mixtures of experts anew.
+
+    On a CPU it rearranges the experts when their kernel is made, at the first load alone: where there is one already,
+    a later load leaves the experts as they came, and the kernel takes them for rearranged ones.
+    """
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        if hasattr(method, "moe_kernel"):
+            cast("_ExpertsMethod", method).moe_kernel = None
 
 
 def load(inside: Inside, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -148,7 +148,7 @@ def without(programs: ModuleType) -> nn.Module:
         (lambda programs: programs.adapted_llama(0), "both", ConfigError, "adapters='both' is unknown"),
         (without, "merged", ConfigError, "adapters='merged', and the model has no adapters of peft; leave it out"),
         (with_two, "alone", UnsupportedError, "the model has the adapters default, other; delete all but one"),
-        (with_ia3, "merged", UnsupportedError, "'default' is of IA3Config, which is not exported"),
+        (with_ia3, "merged", UnsupportedError, "'default' is of IA3Config, which is neither exported nor synced"),
         (inside, "merged", UnsupportedError, "the model is a Sequential with adapters inside"),
         (injected, "alone", UnsupportedError, "the model is a LlamaForCausalLM with adapters inside"),
         (with_a_tied_head, "merged", UnsupportedError, r"lm_head\.original_module\.weight and .* are one tensor"),
