@@ -7,6 +7,7 @@
 #   make laws    the laws of all strategies and engines under other seeds: make laws SEEDS=20
 #   make laws-of-ranks   the laws of what shards, on 1 to 4 processes: make laws-of-ranks EXAMPLES=5
 #   make test-vllm   the engine "vllm" with the real vLLM, in an environment of its own
+#   make test-sglang   the engine "sglang" with the real SGLang, likewise
 #   make bench   the benchmarks on this machine, into benchmarks/results/
 #   make mutation   change the algorithms and backends in thousands of places, and list the changes that no test notices
 
@@ -18,6 +19,8 @@ TRL_VENV := .venv-trl
 TRL_READY := $(TRL_VENV)/.ready
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
+SGLANG_VENV := .venv-sglang
+SGLANG_READY := $(SGLANG_VENV)/.ready
 SEED ?= 0
 SEEDS ?= 20
 EXAMPLES ?= 5
@@ -26,7 +29,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-vllm test test-vllm check lint types imports coverage docs laws laws-of-ranks bench clean
+.PHONY: demo demo-vllm test test-vllm test-sglang check lint types imports coverage docs laws laws-of-ranks bench clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml
@@ -103,6 +106,19 @@ test-vllm: $(VLLM_READY)
 	$(VLLM_VENV)/bin/python -m pytest tests/engines -p no:cacheprovider
 	$(VLLM_VENV)/bin/lightrft conformance vllm cache_gb=0.01 --max-examples 3
 
+# Without what sglang asks for; pyproject.toml says why.
+$(SGLANG_READY): pyproject.toml
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(SGLANG_VENV)/bin/python -m pip install --quiet torch==2.13.0
+	$(SGLANG_VENV)/bin/python -m pip install --quiet --group sglang --editable .
+	$(SGLANG_VENV)/bin/python -m pip install --quiet --no-deps sglang==0.5.23 torchvision==0.15.2
+	touch $(SGLANG_READY)
+
+test-sglang: $(SGLANG_READY)
+	$(SGLANG_VENV)/bin/python -m pytest tests/engines -p no:cacheprovider
+	$(SGLANG_VENV)/bin/lightrft conformance sglang cache_gb=0.01 --max-examples 3
+
 bench: $(READY) $(TRL_READY)
 	$(BIN)/python benchmarks/overhead.py --write
 	$(BIN)/python benchmarks/parity.py --steps 20 --world-sizes 1 2 3 4 --write
@@ -119,4 +135,4 @@ mutation: $(READY)
 	$(BIN)/mutmut results
 
 clean:
-	rm -rf $(VENV) $(TRL_VENV) $(VLLM_VENV) site .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(TRL_VENV) $(VLLM_VENV) $(SGLANG_VENV) site .coverage* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -47,6 +47,7 @@ _ENGINES = MappingProxyType(
     {
         "hf": _About(text="batched decoding of transformers models", package="transformers", extra="hf"),
         "vllm": _About(text="vLLM in this process, on a CPU", package="vllm", extra="vllm"),
+        "sglang": _About(text="SGLang in this process, on a CPU", package="sglang"),
         "scripted": _About(text="prepared completions, for tests of a loop"),
     }
 )

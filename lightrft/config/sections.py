@@ -54,15 +54,15 @@ class EngineConfig:
     """The rollout engine and how it samples.
 
     Attributes:
-        type: registry key of the engine: "hf", "vllm", "scripted", or a user's own.
+        type: registry key of the engine: "hf", "vllm", "sglang", "scripted", or a user's own.
         temperature: divides the logits; 0 is greedy.
         top_p: sample from the smallest set of tokens whose probability reaches this share; 1 is off.
         top_k: sample from this many most likely tokens; 0 is off.
         max_new_tokens: bound on the tokens of a completion.
         min_new_tokens: tokens before a stop token may be sampled.
         batch_size: sequences that are decoded at once; bounds the memory of the key-value cache.
-        cache_gb: GB (1e9 bytes) of the key-value cache of the engine "vllm", which sets it aside when it starts; its
-            memory is taken as it is filled.
+        cache_gb: GB (1e9 bytes) of the key-value cache of the engines "vllm" and "sglang", which set it aside when they
+            start; its memory is taken as it is filled.
         script: completions of the engine "scripted", given out in turn.
     """
 

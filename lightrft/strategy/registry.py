@@ -118,6 +118,15 @@ def _build_vllm(config: EngineConfig) -> Engine:
     return build_vllm(config)
 
 
+def _build_sglang(config: EngineConfig) -> Engine:
+    from lightrft.backends.rollout.sglang_package import require_sglang
+
+    require_sglang()
+    from lightrft.backends.rollout.sglang import build_sglang
+
+    return build_sglang(config)
+
+
 def _build_scripted(config: EngineConfig) -> Engine:
     from lightrft.backends.rollout.scripted import build_scripted
 
@@ -136,7 +145,7 @@ STRATEGIES: Mapping[str, BuildStrategy] = MappingProxyType(
 """Our own strategies. For one of yours pass `registry={**STRATEGIES, "mine": build_mine}` to `get_strategy`."""
 
 ENGINES: Mapping[str, BuildEngine] = MappingProxyType(
-    {"hf": _build_hf, "vllm": _build_vllm, "scripted": _build_scripted}
+    {"hf": _build_hf, "vllm": _build_vllm, "sglang": _build_sglang, "scripted": _build_scripted}
 )
 """Our own rollout engines. For one of yours pass `engines={**ENGINES, "mine": build_mine}` to `get_strategy`."""
 

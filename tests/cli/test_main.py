@@ -163,7 +163,8 @@ def test_strategies_and_engines_are_listed(cli: Cli) -> None:
     strategies, engines = cli("strategies"), cli("engines")
     assert strategies.code == engines.code == 0
     rows = [line.split() for line in (strategies.out + engines.out).splitlines()]
-    assert [row[0] for row in rows] == ["key", "single", "fake", "fsdp2", "deepspeed", "key", "hf", "vllm", "scripted"]
+    wanted = ["key", "single", "fake", "fsdp2", "deepspeed", "key", "hf", "vllm", "sglang", "scripted"]
+    assert [row[0] for row in rows] == wanted
     assert all(len(row) > 2 for row in rows)
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-HEAVY = ["transformers", "deepspeed", "vllm", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
+HEAVY = ["transformers", "deepspeed", "vllm", "sglang", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
 
 
 def loaded_by(program: str, names: list[str]) -> set[str]:

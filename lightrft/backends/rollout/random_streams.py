@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["stream_keys", "uniforms"]
+__all__ = ["stream_keys", "uniforms", "uniforms_at"]
 
 _GOLDEN = -0x61C8864680B583EB  # 2**64 divided by the golden ratio, made odd, as a signed 64-bit number
 _MIX_1 = -0x40A7B892E31B1A47  # the two multipliers of SplitMix64's finaliser, as signed 64-bit numbers
@@ -57,10 +57,26 @@ def uniforms(keys_B: torch.Tensor, num_positions: int) -> torch.Tensor:
         >>> bool((uniforms(keys, 8)[:, 1] == uniforms(keys[1:], 8)[:, 0]).all())
         True
     """
-    counters_T1 = torch.arange(1, num_positions + 1, dtype=torch.int64, device=keys_B.device).unsqueeze(1)
-    bits_TB = _mix(keys_B + counters_T1 * _GOLDEN)
-    uniforms_TB = _shift_right(bits_TB, 64 - _BITS).double()
-    return uniforms_TB.mul_(2.0**-_BITS)
+    return uniforms_at(keys_B, torch.arange(num_positions, device=keys_B.device).unsqueeze(1))
+
+
+def uniforms_at(keys_B: torch.Tensor, positions_B: torch.Tensor) -> torch.Tensor:
+    """Return the uniform number of each sequence at a position of its own, with 52 random bits.
+
+    Args:
+        keys_B: keys from `stream_keys`.
+        positions_B: a position for each sequence, int64; of any shape that goes with the keys'.
+
+    Returns:
+        float64 tensor (B,), or of the shape of both.
+
+    Example:
+        >>> keys = stream_keys(0, [0, 1], [0, 0])
+        >>> bool(uniforms_at(keys, torch.tensor([2, 5]))[1] == uniforms(keys, 6)[5, 1])
+        True
+    """
+    bits_B = _mix(keys_B + (positions_B + 1) * _GOLDEN)
+    return _shift_right(bits_B, 64 - _BITS).double().mul_(2.0**-_BITS)
 
 
 def _signed(number: int) -> int:

@@ -1,25 +1,19 @@
 """The package vLLM: which versions are known, and how it is imported and started without changing this process.
 
-What is used of it is written down here as protocols. vLLM is made to own its process: it sets environment variables,
-seeds every random stream, replaces `torch.set_num_threads` and freezes the garbage collector. Here it is a guest of the
-process that trains, so all of that is put back.
+What is used of it is written down here as protocols.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
-import random
-import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol, cast
 
-import torch
-
+from lightrft.backends.rollout.guest import as_guest
 from lightrft.errors import MissingPackageError, UnsupportedError
 
 __all__ = ["Llm", "RequestOutput", "Vllm", "import_vllm", "require_vllm", "undisturbed"]
@@ -145,24 +139,6 @@ def import_vllm() -> Vllm:
 @contextmanager
 def undisturbed() -> Generator[None]:
     """Give vLLM its environment, and put back afterwards what it changes of the process."""
-    before, set_num_threads = dict(os.environ), torch.set_num_threads
-    num_threads, was_frozen = torch.get_num_threads(), gc.get_freeze_count() > 0
-    state, numpy_random = random.getstate(), import_module("numpy").random
-    numpy_state = numpy_random.get_state()
-    os.environ.update({**_ENVIRONMENT, "VLLM_CONFIGURE_LOGGING": before.get("VLLM_CONFIGURE_LOGGING", "0")})
-    if not was_frozen:
-        gc.freeze()  # vLLM collects garbage several times while it starts; so it looks through its own objects alone
-    try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-        torch.set_num_threads = set_num_threads
-        if torch.get_num_threads() != num_threads:
-            torch.set_num_threads(num_threads)
-        random.setstate(state)
-        numpy_random.set_state(numpy_state)
-        if not was_frozen:
-            gc.unfreeze()  # vLLM leaves frozen what is the trainer's, too
+    logs = os.environ.get("VLLM_CONFIGURE_LOGGING", "0")
+    with as_guest({**_ENVIRONMENT, "VLLM_CONFIGURE_LOGGING": logs}):
+        yield

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightrft.backends.rollout import random_streams
-from lightrft.backends.rollout.random_streams import stream_keys, uniforms
+from lightrft.backends.rollout.random_streams import stream_keys, uniforms, uniforms_at
 
 _WORD = 2**64
 
@@ -78,3 +78,12 @@ def test_numbers_are_read_as_64_signed_bits() -> None:
         (2**64 + 5, 5),
     ):
         assert random_streams._signed(number) == signed
+
+
+def test_each_sequence_may_be_at_a_position_of_its_own() -> None:
+    """A number asked for by its position is that of the whole stream."""
+    keys_B = stream_keys(7, [0, 0, 3, 5], [0, 1, 0, 2])
+    positions_B = torch.tensor([0, 9, 4, 2])
+    wanted_TB = uniforms(keys_B, 10)
+    made_B = uniforms_at(keys_B, positions_B)
+    assert made_B.tolist() == [wanted_TB[position, place].item() for place, position in enumerate(positions_B)]

@@ -44,7 +44,7 @@ def test_every_strategy_obeys_every_law(target: str, law: str) -> None:
 @pytest.mark.parametrize("law", ENGINE_LAWS)
 @pytest.mark.parametrize("target", ENGINES)
 def test_every_engine_obeys_every_law(target: str, law: str) -> None:
-    """No law is broken by an engine that is registered; `make test-vllm` says so of "vllm"."""
+    """No law is broken by an engine that is registered; `make test-vllm` and `test-sglang` say so of the others."""
     try:
         ENGINES[target](EngineConfig())
     except MissingPackageError as error:
