@@ -190,7 +190,7 @@ def _check_heads(inside: Inside) -> None:
     """Refuse sizes of attention heads that vLLM would refuse at the first token."""
     for module in inside.model.modules():
         layer = cast("Any", module)
-        backend = getattr(layer, "attn_backend", None)  # of the layers that see it is a name, and takes every size
+        backend: Any = getattr(layer, "attn_backend", None)  # of the layers that see it is a name, and takes every size
         sizes: list[int] = backend.get_supported_head_sizes() if hasattr(backend, "get_supported_head_sizes") else []
         if sizes and layer.head_size not in sizes:
             raise UnsupportedError(
