@@ -6,6 +6,7 @@
 #   make check   everything that a change must pass: style, types, import rules, tests with coverage, docs
 #   make laws    the laws of all strategies and engines under other seeds: make laws SEEDS=20
 #   make laws-of-ranks   the laws of what shards, on 1 to 4 processes: make laws-of-ranks EXAMPLES=5
+#   make laws-apart   the laws of the engine "hf" in a process of its own
 #   make test-vllm   the engine "vllm" with the real vLLM, in an environment of its own
 #   make test-sglang   the engine "sglang" with the real SGLang, likewise
 #   make bench   the benchmarks on this machine, into benchmarks/results/
@@ -29,7 +30,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-vllm test test-vllm test-sglang check lint types imports coverage docs laws laws-of-ranks bench clean
+.PHONY: demo demo-vllm test test-vllm test-sglang check lint types imports coverage docs laws laws-of-ranks laws-apart bench clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml
@@ -83,6 +84,9 @@ laws-of-ranks: $(READY)
 	  echo "$$settings"; \
 	  $(BIN)/lightrft conformance $$settings --ranks processes --world-size 1 2 3 4 --max-examples $(EXAMPLES) || exit 1; \
 	done
+
+laws-apart: $(READY)
+	$(BIN)/lightrft conformance hf process=own --max-examples 2
 
 # The peers that want an environment of their own.
 $(TRL_READY): pyproject.toml

@@ -14,6 +14,7 @@ __all__ = [
     "CollectiveError",
     "ConfigError",
     "DataError",
+    "EngineCrashError",
     "EngineStateError",
     "InterruptedRunError",
     "LawError",
@@ -60,6 +61,10 @@ class CollectiveError(LightRFTError, RuntimeError):
 
 class StepError(LightRFTError, RuntimeError):
     """A training call in an order that has no meaning, such as a step without a backward."""
+
+
+class EngineCrashError(LightRFTError, RuntimeError):
+    """An engine whose process ended or hung; the message holds the last lines that it printed."""
 
 
 class EngineStateError(LightRFTError, RuntimeError):

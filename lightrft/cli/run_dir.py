@@ -35,6 +35,8 @@ _FREE = (
     "strategy.gradient_checkpointing",
     "strategy.compile_layers",
     "engine.batch_size",
+    "engine.process",
+    "engine.timeout_seconds",
 )
 """What settings begin with that change how a run computes, and not what, but for rounding."""
 

@@ -27,6 +27,7 @@ __all__ = [
     "CORRECTION_NAMES",
     "KL_NAMES",
     "LOSS_NAMES",
+    "PROCESS_NAMES",
     "AlgorithmConfig",
     "CheckpointConfig",
     "DataConfig",
@@ -47,6 +48,10 @@ KL_NAMES = ("k1", "k2", "k3")
 """Values of `AlgorithmConfig.kl_estimator`."""
 CORRECTION_NAMES = ("none", "truncate", "mask")
 """Values of `AlgorithmConfig.importance_correction`."""
+PROCESS_NAMES = ("trainer", "own")
+"""Values of `EngineConfig.process`."""
+
+_LONGEST_CALL = 31_536_000.0  # seconds of a year: no call takes longer, and every clock can count down from it
 
 
 @attrs.frozen(kw_only=True)
@@ -64,6 +69,8 @@ class EngineConfig:
         cache_gb: GB (1e9 bytes) of the key-value cache of the engines "vllm" and "sglang", which set it aside when they
             start; its memory is taken as it is filled.
         script: completions of the engine "scripted", given out in turn.
+        process: where the engine runs, one of `PROCESS_NAMES`: in the trainer's process, or in one of its own.
+        timeout_seconds: how long a call may take in a process of its own, before it is taken to hang.
     """
 
     type: str = attrs.field(default="hf", validator=is_name)
@@ -75,6 +82,10 @@ class EngineConfig:
     batch_size: int = attrs.field(default=1024, validator=at_least(1, whole=True))
     cache_gb: float = attrs.field(default=1.0, converter=real, validator=at_least(0))
     script: tuple[str, ...] = attrs.field(default=(), converter=texts, validator=are_texts)
+    process: str = attrs.field(default="trainer", validator=one_of(PROCESS_NAMES))
+    timeout_seconds: float = attrs.field(
+        default=1800.0, converter=real, validator=between(0, _LONGEST_CALL, above_low=True)
+    )
 
 
 @attrs.frozen(kw_only=True)

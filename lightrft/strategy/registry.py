@@ -37,7 +37,7 @@ def _build_single(config: StrategyConfig) -> Strategy:
     from lightrft.backends.checkpointing.canonical import build_checkpointing
     from lightrft.backends.checkpointing.live import build_live_access
     from lightrft.backends.collectives.single import build_collectives
-    from lightrft.backends.rollout.serving import build_rollout
+    from lightrft.backends.rollout.serving import alone, build_rollout
     from lightrft.backends.training.single import build_training
 
     collectives = build_collectives(config)
@@ -48,11 +48,13 @@ def _build_single(config: StrategyConfig) -> Strategy:
         checkpointing=build_checkpointing(
             collectives=collectives, access=build_live_access(training.unwrap_model), strategy="single"
         ),
-        rollout=build_rollout(
-            config,
-            find_engine=find_engine,
-            named_tensors=training.named_tensors,
-            unwrap_model=training.unwrap_model,
+        rollout=alone(
+            build_rollout(
+                config,
+                find_engine=find_engine,
+                named_tensors=training.named_tensors,
+                unwrap_model=training.unwrap_model,
+            )
         ),
         capabilities=frozenset({"bf16"}),
     )
@@ -213,4 +215,6 @@ def _engine_of(point: EntryPoint) -> BuildEngine:
     def build(config: EngineConfig) -> Engine:
         return cast("BuildEngine", load_builder(point))(config)
 
+    # an engine in a process of its own is built there by the function itself
+    build.__module__, build.__qualname__ = point.module, point.attr
     return build

@@ -2,6 +2,7 @@
 
 awake <-> asleep        sleep, wake
 awake  -> updating      begin_update
+awake  -> torn          generate, where the engine's process has ended
 updating -> awake       commit
 updating -> torn        abort, or an error of put or commit
 torn -> updating        begin_update
@@ -14,7 +15,7 @@ from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from lightrft.errors import EngineStateError
+from lightrft.errors import EngineCrashError, EngineStateError
 from lightrft.strategy.protocols.rollout import (
     Completion,
     Engine,
@@ -56,7 +57,8 @@ def guarded(engine: Engine) -> Engine:
 
     def generate(handle: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
         _require(handle, "generate", "awake")
-        return engine.generate(handle, prompts, sampling)
+        with _torn_on_error(handle, EngineCrashError):
+            return engine.generate(handle, prompts, sampling)
 
     def begin_update(handle: EngineHandle) -> None:
         _require(handle, "begin_update", "awake", "torn")
@@ -103,6 +105,7 @@ def guarded(engine: Engine) -> Engine:
     def close(handle: EngineHandle) -> None:
         if handle.status != "closed":
             handle.status = "closed"
+            handle.weights = None
             engine.close(handle)
 
     guarded_engine = Engine(
@@ -127,10 +130,10 @@ def _require(handle: EngineHandle, call: str, *legal: EngineStatus) -> None:
 
 
 @contextmanager
-def _torn_on_error(handle: EngineHandle) -> Generator[None]:
-    """Mark the engine torn when an update fails half way: nobody knows which weights it has then."""
+def _torn_on_error(handle: EngineHandle, kind: type[BaseException] = BaseException) -> Generator[None]:
+    """Mark the engine torn when an update fails half way, or it is lost: nobody knows which weights it has then."""
     try:
         yield
-    except BaseException:
+    except kind:
         handle.status = "torn"
         raise

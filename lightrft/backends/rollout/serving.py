@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import attrs
 
 from lightrft.config.sections import EngineConfig
-from lightrft.errors import WeightSyncError
+from lightrft.errors import EngineCrashError, WeightSyncError
 from lightrft.strategy.protocols.images import Processor
 from lightrft.strategy.protocols.rollout import (
     BuildEngine,
     Completion,
+    Engine,
     EngineGenerateLocal,
     EngineHandle,
     EngineSource,
@@ -21,6 +22,7 @@ from lightrft.strategy.protocols.rollout import (
     Prompt,
     SamplingParams,
     SetupInferenceEngine,
+    StreamWeights,
     SyncReport,
     Tokenizer,
     UpdateEngineWeights,
@@ -28,12 +30,13 @@ from lightrft.strategy.protocols.rollout import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from lightrft.strategy.config import StrategyConfig
     from lightrft.strategy.protocols.training import NamedTensors, UnwrapModel
 
-__all__ = ["FindEngine", "RolloutFunctions", "build_rollout", "build_setup_inference_engine"]
+__all__ = ["FindEngine", "RolloutFunctions", "alone", "build_rollout", "build_setup_inference_engine"]
 
 
 class FindEngine(Protocol):
@@ -88,12 +91,35 @@ def build_setup_inference_engine(
         from lightrft.backends.plain_model import build_plain_model
 
         chosen = config or default
-        engine = find_engine(chosen.type)(chosen)
+        engine = _placed(find_engine(chosen.type), chosen)
         plain = build_plain_model(unwrap_model=unwrap_model, named_tensors=named_tensors)(actor)
         model = merged_model(plain) if has_adapters(plain) else plain
-        return engine.start(EngineSource(model=model, tokenizer=tokenizer, processor=processor))
+        handle = engine.start(EngineSource(model=model, tokenizer=tokenizer, processor=processor))
+        handle.weights = _weights_of(actor, named_tensors=named_tensors, unwrap_model=unwrap_model)
+        return handle
 
     return setup_inference_engine
+
+
+def _placed(build: BuildEngine, config: EngineConfig) -> Engine:
+    """Return the engine in the process where its settings want it."""
+    if config.process == "trainer":
+        return build(config)
+    from lightrft.backends.rollout.apart.engine import build_apart  # imports torch: see below
+
+    return build_apart(build, config)
+
+
+def _weights_of(actor: nn.Module, *, named_tensors: NamedTensors, unwrap_model: UnwrapModel) -> StreamWeights:
+    """Return what streams the tensors that an engine takes, for as long as there is the actor."""
+
+    def weights() -> Iterable[tuple[str, torch.Tensor]]:
+        from lightrft.backends.adapters import has_adapters, merged_stream  # imports torch: see below
+
+        inner, tensors = unwrap_model(actor), named_tensors(actor)
+        return merged_stream(inner, tensors) if has_adapters(inner) else tensors
+
+    return weights
 
 
 def build_rollout(
@@ -137,20 +163,42 @@ def build_rollout(
     )
 
 
+def alone(rollout: RolloutFunctions) -> RolloutFunctions:
+    """Return the rollout functions of a strategy with one engine alone, which is mended where its process ends.
+
+    Args:
+        rollout: those of one rank.
+    """
+
+    def gather_and_generate(
+        engine: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams
+    ) -> list[Completion]:
+        from lightrft.backends.rollout.apart.mending import generate_or_mend  # imports torch: see below
+
+        return generate_or_mend(engine, prompts, sampling)
+
+    def update_engine_weights(engine: EngineHandle, actor: nn.Module) -> SyncReport:
+        version = engine.weight_version
+        try:
+            return rollout.update_engine_weights(engine, actor)
+        except EngineCrashError:
+            engine.weight_version = version  # it may have ended after the commit
+            return rollout.update_engine_weights(engine, actor)
+
+    return attrs.evolve(rollout, gather_and_generate=gather_and_generate, update_engine_weights=update_engine_weights)
+
+
 def _build_update(
     config: StrategyConfig, *, named_tensors: NamedTensors, unwrap_model: UnwrapModel
 ) -> UpdateEngineWeights:
     def update_engine_weights(engine: EngineHandle, actor: nn.Module) -> SyncReport:
-        # all import torch, which building a strategy does not need
+        # both import torch, which building a strategy does not need
         import torch
 
-        from lightrft.backends.adapters import has_adapters, merged_stream
         from lightrft.weight_sync import PROBE_BOUNDS, probe_difference, transfer_weights
 
-        inner, tensors = unwrap_model(actor), named_tensors(actor)
-        num_tensors, num_bytes = transfer_weights(
-            merged_stream(inner, tensors) if has_adapters(inner) else tensors, engine
-        )
+        engine.weights = _weights_of(actor, named_tensors=named_tensors, unwrap_model=unwrap_model)
+        num_tensors, num_bytes = transfer_weights(engine.weights(), engine)
         try:
             difference = probe_difference(engine, actor)
         except BaseException:

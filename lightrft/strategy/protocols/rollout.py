@@ -41,6 +41,7 @@ __all__ = [
     "SetupInferenceEngine",
     "SleepEngine",
     "StartEngine",
+    "StreamWeights",
     "SyncReport",
     "Tokenizer",
     "UpdateEngineWeights",
@@ -174,6 +175,8 @@ class EngineHandle:
         weight_version: how many updates were committed.
         state: what the engine itself keeps.
         processor: what the engine reads images with; None if it takes none.
+        weights: streams the weights of this version again, for an engine that lost them; set by the strategy, whose
+            ranks all call it together. None where nobody can.
     """
 
     engine: Engine
@@ -181,6 +184,7 @@ class EngineHandle:
     weight_version: int
     state: object
     processor: Processor | None = None
+    weights: StreamWeights | None = None
 
     def __enter__(self) -> Self:
         """Return the handle, for a `with` block that closes the engine at its end."""
@@ -206,6 +210,14 @@ class SyncReport:
     num_tensors: int
     num_bytes: int
     max_logprob_difference: float
+
+
+class StreamWeights(Protocol):
+    """Streams the weights of a trainer."""
+
+    def __call__(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """Return (name, full tensor) of every parameter and persistent buffer, in one order on all ranks."""
+        ...
 
 
 class StartEngine(Protocol):
@@ -240,6 +252,7 @@ class Generate(Protocol):
 
         Raises:
             EngineStateError: the engine is not awake.
+            EngineCrashError: its process ended or hung; it is "torn", and the next update starts it again, once.
             DataError: a prompt is empty, has a token outside of the model's vocabulary, leaves no room in its context,
                 or has another number of images than of placeholders; its index is named.
             ConfigError: sampling parameters that cannot be met: `min_new_tokens` exceeds `max_new_tokens`, a stop token
@@ -462,12 +475,16 @@ class GatherAndGenerate(Protocol):
 
         Every rank calls it, with any number of prompts, with images or without.
 
-        Law: the outputs do not depend on how the prompts are split over the ranks.
+        Laws: the outputs do not depend on how the prompts are split over the ranks; where the process of an engine
+        ended before they were there, they are those that it would have made.
 
         Args:
             engine: an engine that is awake.
             prompts: this rank's prompts, zero included.
             sampling: how tokens are drawn.
+
+        Raises:
+            EngineCrashError: the process of an engine ended for the second time, or with weights that are lost.
         """
         ...
 

@@ -16,7 +16,14 @@ from lightrft.config import (
     StrategyConfig,
 )
 from lightrft.config.redaction import is_secret
-from lightrft.config.sections import ADVANTAGE_NAMES, AGGREGATION_NAMES, CORRECTION_NAMES, KL_NAMES, LOSS_NAMES
+from lightrft.config.sections import (
+    ADVANTAGE_NAMES,
+    AGGREGATION_NAMES,
+    CORRECTION_NAMES,
+    KL_NAMES,
+    LOSS_NAMES,
+    PROCESS_NAMES,
+)
 from lightrft.config.strategy import LONGEST_TIMEOUT, SCHEDULERS
 
 __all__ = ["configs", "plain_tables", "strategy_configs"]
@@ -93,6 +100,8 @@ def _engines() -> SearchStrategy[EngineConfig]:
         min_new_tokens=_counts(),
         batch_size=_counts(1),
         script=st.lists(_texts(), max_size=3).map(tuple),
+        process=st.sampled_from(PROCESS_NAMES),
+        timeout_seconds=st.floats(0, LONGEST_TIMEOUT, exclude_min=True),
     )
 
 

@@ -371,7 +371,9 @@ def _resources() -> set[str]:
     children = {f"child process {number}" for number in listed.split()}
     maps = Path("/proc/self/maps")
     mapped = maps.read_text().splitlines() if maps.exists() else []
-    shared = {f"shared memory {line.split()[-1]}" for line in mapped if " /dev/shm/" in line}
+    # with a name, and without one
+    kinds = (" /dev/shm/", " /memfd:lightrft")
+    shared = {f"shared memory {line.split(maxsplit=5)[-1]}" for line in mapped if any(kind in line for kind in kinds)}
     return threads | children | shared
 
 

@@ -1,0 +1,1 @@
+"""Any engine in a process of its own: how it is started and asked, and how weights reach it."""

@@ -1,0 +1,220 @@
+"""What a trainer and the process of its engine write to one another: JSON by type, and descriptors of shared memory."""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import json
+import os
+import socket
+import struct
+import traceback
+from typing import Literal, TypeAlias, TypeGuard, TypeVar
+
+import attrs
+from cattrs.preconf.json import JsonConverter, make_converter
+
+from lightrft import errors
+from lightrft.backends.rollout.apart.memory import Placed
+from lightrft.backends.rollout.apart.recipe import Recipe
+from lightrft.errors import LightRFTError
+from lightrft.strategy.protocols.rollout import FinishReason, SamplingParams
+
+__all__ = [
+    "Answer",
+    "Bucket",
+    "Call",
+    "Failure",
+    "Made",
+    "Request",
+    "Start",
+    "failure_of",
+    "raised_by",
+    "receive",
+    "send",
+]
+
+_Message = TypeVar("_Message")
+
+Call: TypeAlias = Literal[
+    "prepare", "fill", "start", "generate", "begin_update", "put", "commit", "abort", "sleep", "wake", "flush_cache"
+]
+"""What an engine's process is asked for. Its engine starts in three calls: the model, its tensors, the engine."""
+
+_LENGTH = struct.Struct("!Q")
+
+_CHUNK = 2**20
+"""Bytes that are read at once: what a socket holds, and more."""
+
+
+@attrs.frozen(kw_only=True)
+class Start:
+    """From what the engine is started.
+
+    Attributes:
+        builder: `module:name` of the function that builds the engine.
+        engine: JSON of its settings.
+        model: the model without its tensors.
+        tokenizer: files of the tokenizer by name, in base64; None where there is no tokenizer.
+        num_threads: threads of torch.
+        parent: number of the trainer's process; 0 where the thread that starts this one may end before it.
+    """
+
+    builder: str
+    engine: str
+    model: Recipe
+    tokenizer: dict[str, str] | None
+    num_threads: int
+    parent: int
+
+
+@attrs.frozen(kw_only=True)
+class Bucket:
+    """Tensors in shared memory.
+
+    Attributes:
+        slot: which of the segments.
+        size: bytes of the segment; its descriptor comes along where it is new, else it is 0.
+        tensors: where they are.
+    """
+
+    slot: int
+    size: int
+    tensors: tuple[Placed, ...]
+
+
+@attrs.frozen(kw_only=True)
+class Request:
+    """A call, with what it needs."""
+
+    call: Call
+    start: Start | None = None
+    bucket: Bucket | None = None
+    prompts: tuple[tuple[int, ...], ...] = ()
+    sampling: SamplingParams | None = None
+
+
+@attrs.frozen(kw_only=True)
+class Made:
+    """A completion, but for its prompt and the version of the weights, which the trainer knows."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    sample_index: int
+
+
+@attrs.frozen(kw_only=True)
+class Failure:
+    """An exception.
+
+    Attributes:
+        kind: name of its type.
+        message: what it says.
+        notes: what was added to it.
+        traceback: where it was raised, as Python prints it.
+    """
+
+    kind: str
+    message: str
+    notes: tuple[str, ...]
+    traceback: str
+
+
+@attrs.frozen(kw_only=True)
+class Answer:
+    """What came of a request.
+
+    Attributes:
+        made: completions.
+        failure: what was raised instead.
+    """
+
+    made: tuple[Made, ...] = ()
+    failure: Failure | None = None
+
+
+def send(channel: socket.socket, message: Request | Answer, *files: int) -> None:
+    """Write a message.
+
+    Args:
+        channel: a stream socket of this machine.
+        message: what to write.
+        files: descriptors that go along.
+    """
+    text = json.dumps(_converter().unstructure(message)).encode()
+    head = _LENGTH.pack(len(text))
+    if files:
+        socket.send_fds(channel, [head], files)
+    else:
+        channel.sendall(head)
+    channel.sendall(text)
+
+
+def receive(channel: socket.socket, kind: type[_Message]) -> tuple[_Message, list[int]]:
+    """Return the next message and the descriptors that came with it.
+
+    Args:
+        channel: where `send` writes to.
+        kind: type of the message.
+
+    Raises:
+        EOFError: nobody writes there any more.
+    """
+    head, files = _read(channel, _LENGTH.size)
+    text, _ = _read(channel, _LENGTH.unpack(head)[0])
+    return _converter().structure(json.loads(text), kind), files
+
+
+def _read(channel: socket.socket, size: int) -> tuple[bytes, list[int]]:
+    data, files = bytearray(), list[int]()
+    while len(data) < size:
+        part, found, _, _ = socket.recv_fds(channel, min(size - len(data), _CHUNK), 1)
+        for file in found:
+            os.set_inheritable(file, False)  # Python leaves out the flag that would do so at once
+        if not part:
+            raise EOFError("the other process has closed its end.")
+        data += part
+        files += found
+    return bytes(data), files
+
+
+def failure_of(error: Exception) -> Failure:
+    """Return an exception as plain data.
+
+    Args:
+        error: the exception.
+    """
+    return Failure(
+        kind=type(error).__name__,
+        message=str(error),
+        notes=tuple(getattr(error, "__notes__", ())),
+        traceback="".join(traceback.format_exception(error)),
+    )
+
+
+def raised_by(failure: Failure) -> Exception:
+    """Return an exception again: of the same type if that is Python's or ours; its cause says where it was raised.
+
+    Args:
+        failure: what an engine's process answered.
+    """
+    kind = getattr(errors, failure.kind, None) or getattr(builtins, failure.kind, None)
+    try:
+        error = kind(failure.message) if _is_exception(kind) else None
+    except TypeError:  # it takes other arguments
+        error = None
+    error = error or LightRFTError(f"{failure.kind}: {failure.message}")
+    for note in failure.notes:
+        error.add_note(note)
+    error.__cause__ = RuntimeError(f"in the process of the engine:\n{failure.traceback}")
+    return error
+
+
+def _is_exception(kind: object) -> TypeGuard[type[Exception]]:
+    return isinstance(kind, type) and issubclass(kind, Exception)
+
+
+@functools.cache  # a converter compiles one function a type
+def _converter() -> JsonConverter:
+    return make_converter(forbid_extra_keys=True)

@@ -1,0 +1,98 @@
+"""Messages between a trainer and the process of its engine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from lightrft.backends.rollout.apart.messages import (
+    Answer,
+    Made,
+    Request,
+    failure_of,
+    raised_by,
+    receive,
+    send,
+)
+from lightrft.errors import DataError, LightRFTError
+from lightrft.strategy.protocols.rollout import SamplingParams
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
+    one, other = socket.socketpair()
+    with one, other:
+        yield one, other
+
+
+def test_messages_arrive_whole_with_their_descriptors(ends: tuple[socket.socket, socket.socket]) -> None:
+    """One after the other, one of them larger than the socket holds; a descriptor is the same file there."""
+    small = Request(
+        call="generate", prompts=((1, 2), (3,)), sampling=SamplingParams(temperature=0.7, n=3, seed=2**63 - 1)
+    )
+    large = Request(call="generate", prompts=(tuple(range(300_000)),))
+    reader, writer = os.pipe()
+
+    def write() -> None:
+        send(ends[0], small, writer)
+        send(ends[0], large)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    message, (copy,) = receive(ends[1], Request)
+    assert message == small
+    assert receive(ends[1], Request) == (large, [])
+    thread.join()
+    os.write(copy, b"seen")
+    assert os.read(reader, 10) == b"seen"
+    assert not os.get_inheritable(copy)
+    for file in (reader, writer, copy):
+        os.close(file)
+
+
+def test_every_bit_of_a_logprob_arrives(ends: tuple[socket.socket, socket.socket]) -> None:
+    """Also what is no number."""
+    logprobs = (-0.1, -1e-300, -2 / 3, float("-inf"))
+    made = Made(token_ids=(1, 2, 3, 4), logprobs=logprobs, finish_reason="stop", sample_index=1)
+    send(ends[0], Answer(made=(made,)))
+    answer, _ = receive(ends[1], Answer)
+    assert answer.made == (made,)
+
+
+def test_a_closed_end_is_said(ends: tuple[socket.socket, socket.socket]) -> None:
+    """In the middle of a message, too."""
+    ends[0].sendall(b"\x00\x00")
+    ends[0].close()
+    with pytest.raises(EOFError, match="the other process has closed its end"):
+        receive(ends[1], Answer)
+
+
+class OwnError(Exception):
+    """An error that nobody else knows."""
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "message"),
+    [
+        (DataError("prompts[1] is empty; leave it out."), DataError, "prompts[1] is empty; leave it out."),
+        (ZeroDivisionError("division by zero"), ZeroDivisionError, "division by zero"),
+        (OwnError("of its own kind"), LightRFTError, "OwnError: of its own kind"),
+        (UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"), LightRFTError, "UnicodeDecodeError: 'utf-8' codec"),
+    ],
+)
+def test_errors_are_raised_again_with_notes_and_the_place_where_they_came_from(
+    raised: Exception, kind: type[Exception], message: str
+) -> None:
+    """Ours and Python's keep their type."""
+    raised.add_note("a note")
+    with pytest.raises(type(raised)) as caught:
+        raise raised
+    error = raised_by(failure_of(caught.value))
+    assert type(error) is kind
+    assert str(error).startswith(message)
+    assert error.__notes__ == ["a note"]
+    assert "test_messages.py" in str(error.__cause__)

@@ -1,0 +1,98 @@
+"""Engines in processes of their own, with the real vLLM and transformers: `make test-vllm`."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+from lightrft.backends.rollout.apart.engine import ApartState
+from lightrft.backends.rollout.vllm_package import require_vllm
+from lightrft.config import EngineConfig, ModelConfig
+from lightrft.errors import ConfigError, MissingPackageError
+from lightrft.models.build import build_model
+from lightrft.models.tokenizer import build_character_tokenizer
+from lightrft.strategy import EngineHandle, Prompt, SamplingParams, get_strategy
+
+try:
+    require_vllm()
+except MissingPackageError as missing:
+    pytest.skip(str(missing), allow_module_level=True)
+
+# other people's packages warn while they are imported
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ENGINE = EngineConfig(type="vllm", process="own", cache_gb=0.01, batch_size=64)
+PROMPTS = [Prompt(token_ids=(1, 2, 3)), Prompt(token_ids=(4,))]
+HOT = SamplingParams(temperature=1.3, max_new_tokens=6, n=3, seed=5)
+
+
+def policy(*, seed: int) -> nn.Module:
+    """Return a small Qwen3, tied, whose logits have an opinion."""
+    config = ModelConfig(
+        hidden_size=64,
+        intermediate_size=48,
+        num_heads=2,
+        num_key_value_heads=1,
+        max_length=32,
+        tie_embeddings=True,
+        initializer_range=0.25,
+    )
+    return build_model(config, build_character_tokenizer("0123456789+"), seed=seed)
+
+
+def pid_of(handle: EngineHandle) -> int:
+    assert isinstance(handle.state, ApartState)
+    return handle.state.process.popen.pid
+
+
+def test_it_is_mended_after_it_was_killed_and_leaves_nothing() -> None:
+    """New weights arrive, sleep gives the cache back, and a killed one draws what it would have drawn."""
+    model = policy(seed=1)
+    strategy = get_strategy({"strategy": "single"})
+    with strategy.setup_inference_engine(ENGINE, actor=policy(seed=0)) as handle:
+        assert strategy.update_engine_weights(handle, model).max_logprob_difference < 1e-4
+        made = strategy.gather_and_generate(handle, PROMPTS, HOT)
+        handle.engine.sleep(handle)
+        handle.engine.wake(handle)
+        pid = pid_of(handle)
+        os.kill(pid, signal.SIGKILL)
+        assert strategy.gather_and_generate(handle, PROMPTS, HOT) == made
+        with torch.no_grad():
+            model.get_parameter("model.norm.weight").mul_(1.5)
+        assert strategy.update_engine_weights(handle, model).weight_version == 2
+        pids = [pid, pid_of(handle)]
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert psutil.Process().children() == []
+
+
+def test_hf_draws_the_same_tokens_after_its_process_was_killed() -> None:
+    """In a process of its own it draws what it draws in the trainer's; killed, what it would have drawn."""
+    first, second = policy(seed=0), policy(seed=1)
+    strategy = get_strategy({"strategy": "single"})
+    with (
+        strategy.setup_inference_engine(EngineConfig(type="hf", process="own"), actor=first) as apart,
+        strategy.setup_inference_engine(EngineConfig(type="hf"), actor=first) as here,
+    ):
+        assert apart.engine.capabilities == here.engine.capabilities
+        for handle in (apart, here):
+            report = strategy.update_engine_weights(handle, second)
+            assert (report.weight_version, report.num_tensors) == (1, len(second.state_dict()))
+        made = strategy.gather_and_generate(apart, PROMPTS, HOT)
+        assert made == strategy.gather_and_generate(here, PROMPTS, HOT)
+        os.kill(pid_of(apart), signal.SIGKILL)
+        assert strategy.gather_and_generate(apart, PROMPTS, HOT) == made
+        assert (apart.status, apart.weight_version) == ("awake", 1)
+
+
+def test_what_it_refuses_it_refuses_from_afar() -> None:
+    """A cache that does not hold one sequence is a setting of the user's, wherever the engine runs."""
+    strategy = get_strategy({"strategy": "single"})
+    config = EngineConfig(type="vllm", process="own", cache_gb=1e-6)
+    with pytest.raises(ConfigError, match="cache_gb=1e-06 does not suffice"):
+        strategy.setup_inference_engine(config, actor=policy(seed=0))
+    assert psutil.Process().children() == []
