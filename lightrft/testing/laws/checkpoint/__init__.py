@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from lightrft.testing.law import Law
-from lightrft.testing.laws.checkpoint import background, code, damage, export, kill, latest, resume, retention
+from lightrft.testing.laws.checkpoint import (
+    background,
+    background_order,
+    code,
+    damage,
+    export,
+    kill,
+    latest,
+    resume,
+    retention,
+)
 
 __all__ = ["LAWS"]
 
@@ -13,6 +23,7 @@ LAWS: tuple[Law, ...] = (
     *retention.LAWS,
     *kill.LAWS,
     *background.LAWS,
+    *background_order.LAWS,
     *damage.LAWS,
     *code.LAWS,
     *export.LAWS,
