@@ -97,6 +97,7 @@ class Work:
         has_reference: whether there is a reference model.
         has_engine: whether the engine holds weights of its own.
         engine_sleeps: whether they lie in main memory while the model is trained.
+        save_copy: where the copy lies that is saved in the background; None where there is none.
     """
 
     num_positions: int
@@ -106,6 +107,7 @@ class Work:
     has_reference: bool = False
     has_engine: bool = False
     engine_sleeps: bool = False
+    save_copy: Place | None = None
 
 
 def memory_of_rank(sizes: ModelSizes, sharing: Sharing, work: Work) -> list[Line]:
@@ -128,12 +130,8 @@ def memory_of_rank(sizes: ModelSizes, sharing: Sharing, work: Work) -> list[Line
         gradients         64  4 B x 16
         optimizer state  132  8 B x 16 + 4 B x 1 step counts
     """
-    return [
-        *_held(sizes, sharing),
-        *_passing(sizes, sharing, work),
-        *_other_models(sizes, sharing, work),
-        *_activations(sizes, work),
-    ]
+    held = [*_held(sizes, sharing), *_passing(sizes, sharing, work), *_other_models(sizes, sharing, work)]
+    return [*held, *_save_copy(held, work), *_activations(sizes, work)]
 
 
 def _held(sizes: ModelSizes, sharing: Sharing) -> list[Line]:
@@ -203,6 +201,15 @@ def _other_models(sizes: ModelSizes, sharing: Sharing, work: Work) -> list[Line]
         engine = _line("engine's weights", _FLOAT32, _share(every, 1, sharing), sharing)
         lines.append(attrs.evolve(engine, place="host" if work.engine_sleeps else "device"))
     return lines
+
+
+def _save_copy(held: Iterable[Line], work: Work) -> list[Line]:
+    """Return the copy of what a checkpoint holds of this rank."""
+    if work.save_copy is None:
+        return []
+    saved = [line for line in held if line.name in {"parameters", "optimizer state", "reference model"}]
+    num_bytes, names = sum(line.num_bytes for line in saved), " + ".join(line.name for line in saved)
+    return [Line(name="copy to be saved", num_bytes=num_bytes, formula=names, place=work.save_copy)]
 
 
 def _activations(sizes: ModelSizes, work: Work) -> list[Line]:

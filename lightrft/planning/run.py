@@ -102,6 +102,7 @@ def memory_of_run(config: Config, model: nn.Module, *, world_size: int, on_cpu: 
         has_reference=config.algorithm.kl_coef > 0,
         has_engine=config.engine.type == "hf",
         engine_sleeps=strategy.enable_engine_sleep and not on_cpu,
+        save_copy=("device" if on_cpu else "host") if config.checkpoint.save_in_background else None,
     )
     return memory_of_rank(sizes, sharing_of(strategy, world_size=world_size, on_cpu=on_cpu), work)
 

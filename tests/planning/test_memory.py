@@ -86,6 +86,17 @@ def test_other_models_and_copies_are_counted_where_there_are_some() -> None:
     assert found["bfloat16 copies"].num_bytes == 2 * (30 + 8)  # matrices of layers
 
 
+def test_a_save_in_the_background_copies_what_this_rank_saves() -> None:
+    """Its parts of parameters, state and reference once more, and not what is made of them for a step."""
+    work = attrs.evolve(WORK, has_reference=True, has_engine=True, computing="autocast", save_copy="host")
+    sharing = Sharing(parameter_ranks=3, optimizer_ranks=3, by_rows=True, has_copy=True, second_ranks=2)
+    found = lines_of(sharing, work)
+    own, frozen = 4 * 3 + 2 * 2 + 3 + 1, 2 * 5
+    assert found["copy to be saved"].num_bytes == 4 * (own + frozen) + (8 * own + 4 * 4) + 4 * (own + frozen)
+    assert found["copy to be saved"].place == "host"
+    assert found["copy to be saved"].formula == "parameters + optimizer state + reference model"
+
+
 @pytest.mark.parametrize(
     ("computing", "layer", "around", "kept", "logit"),
     [

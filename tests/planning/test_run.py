@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
 
 import attrs
 import pytest
+import torch
 
-from lightrft.config import AlgorithmConfig, Config, EngineConfig, ModelConfig, StrategyConfig
+from lightrft.backends.checkpointing.snapshot import Snapshot, snapshot_of
+from lightrft.backends.checkpointing.writing import CheckpointContent
+from lightrft.config import AlgorithmConfig, CheckpointConfig, Config, EngineConfig, ModelConfig, StrategyConfig
 from lightrft.errors import ConfigError
-from lightrft.planning.measure import measure_step
+from lightrft.models.build import build_model_and_tokenizer
+from lightrft.planning.measure import local_bytes, measure_step
 from lightrft.planning.run import check_ranks, memory_of_run, sharing_of
 from lightrft.planning.sizes import build_without_memory
+from lightrft.strategy import background_saves, get_strategy
+from lightrft.strategy.protocols.collectives import World
 from lightrft.testing.ranks.here import run_here
 from lightrft.testing.ranks.processes import processes
 from lightrft.testing.subject import RunOnRanks, subject_of
@@ -110,6 +117,45 @@ def test_a_layer_that_is_computed_again_is_measured_on_its_line() -> None:
     measured = measure_step(config, prompt_tokens=2)
     assert "activations" not in measured
     assert measured["activations, recomputed"] > 0
+
+
+def test_a_save_in_the_background_copies_as_much_as_is_estimated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a real save of actor and reference copies has the bytes of the estimate, to the last one."""
+    config = Config(
+        strategy=StrategyConfig(strategy="single", train_batch_size=1),
+        model=ModelConfig(hidden_size=16),
+        algorithm=AlgorithmConfig(kl_coef=0.1),
+        checkpoint=CheckpointConfig(save_in_background=True),
+    )
+    copied: list[int] = []
+
+    def counted(content: CheckpointContent, world: World) -> Snapshot:
+        snapshot = snapshot_of(content, world)
+
+        def copy() -> None:
+            snapshot.copy()
+            ranges = [each for turn in snapshot.content.agreed.turns if isinstance(turn, Sequence) for each in turn]
+            copied.append(local_bytes({each.tensor: each.tensor.part().values for each in ranges}.values()))
+
+        return attrs.evolve(snapshot, copy=copy)
+
+    monkeypatch.setattr("lightrft.backends.checkpointing.saving.snapshot_of", counted)
+    strategy = get_strategy(config)
+    strategy.setup_distributed()
+    model, _ = build_model_and_tokenizer(config.model, seed=0)
+    reference = strategy.prepare_reward_model(deepcopy(model))
+    actor, _, _, _ = strategy.prepare_models_and_optimizers(model, None, None, None, None, 2)
+    strategy.backward(actor.model(input_ids=torch.tensor([[1, 2]])).logits.sum(), actor.model, actor.optimizer)
+    strategy.optimizer_step(actor.optimizer, actor.model, actor.scheduler)
+    with background_saves(strategy) as background:
+        strategy.save_ckpt({"actor": actor, "reference": reference}, tmp_path, background=background)
+    lines = memory_of_run(config, model, world_size=1, on_cpu=False, prompt_tokens=3)
+    line = next(line for line in lines if line.name == "copy to be saved")
+    assert (copied, line.place) == ([line.num_bytes], "host")
+    without = attrs.evolve(config, checkpoint=CheckpointConfig())
+    assert line.name not in estimate(without, prepare=lambda plain: plain)
 
 
 @pytest.fixture(scope="module")
