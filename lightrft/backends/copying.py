@@ -1,32 +1,33 @@
 """Models and optimizers whose state another thread is copying: what changes them waits until the copy is there.
 
-The mark stands on the handle itself, so that every strategy sees it and none holds it. Every optimizer of the process
-waits that steps memory which is copied, whoever made it: torch does not count what its fused kernels write.
+The mark stands on the handle itself, and on the memory of its parameters, so that every strategy sees it and none holds
+it. Every optimizer of the process waits that steps memory which is copied, whoever made it: torch does not count what
+its fused kernels write.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from functools import cache
 from typing import cast
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 
 __all__ = ["await_copy", "mark_copied"]
 
 _MARK = "_lightrft_copy"
-"""Name of the attribute by which a handle carries its `_Mark`."""
+"""Name of the attribute by which a handle, or memory, carries its `_Mark`."""
 
 
 class _Mark:
-    """Says when a handle's state has been copied, and lets optimizers wait for it."""
+    """Says when what carries it has been copied."""
 
-    def __init__(self, copied: threading.Event, hook: RemovableHandle | None = None) -> None:
-        self.copied, self.hook = copied, hook
+    def __init__(self, copied: threading.Event) -> None:
+        self.copied = copied
 
     def __reduce__(self) -> tuple[object, tuple[()]]:
         """Let a copy of the handle, or a file of it, have a mark that nobody waits for."""
@@ -47,40 +48,44 @@ def mark_copied(handles: Iterable[nn.Module | Optimizer], copied: threading.Even
         copied: set once their state has been copied.
     """
     found = list(handles)  # one may stand there twice
-    await_copy(*found)
-    memory = {place for handle in found for place in _memory_of(handle)}
-
-    def wait_to_step(optimizer: Optimizer, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        del args, kwargs
-        if not copied.is_set() and not memory.isdisjoint(_memory_of(optimizer)):
-            copied.wait()
-
-    mark = _Mark(copied, register_optimizer_step_pre_hook(wait_to_step))
-    for handle in found:
-        vars(handle)[_MARK] = mark
+    memory = [storage for handle in found for storage in _memory_of(handle)]
+    await_copy(*found, *memory)
+    _let_optimizers_wait()
+    mark = _Mark(copied)
+    for marked in (*found, *memory):
+        vars(marked)[_MARK] = mark
 
 
 def await_copy(*handles: object) -> None:
     """Return when the state of handles may be changed; at once where nobody copies it.
 
     Args:
-        handles: models and optimizers.
+        handles: models and optimizers, or memory of their parameters.
     """
     for handle in handles:
         mark = cast("_Mark | None", vars(handle).get(_MARK))
         if mark is not None:
             mark.copied.wait()
             vars(handle).pop(_MARK, None)
-            if mark.hook is not None:
-                mark.hook.remove()
 
 
-def _memory_of(handle: nn.Module | Optimizer) -> set[int]:
-    """Return where the parameters of a model or an optimizer lie on this rank."""
+@cache
+def _let_optimizers_wait() -> None:
+    """Register, once and for good: torch breaks off a step that waits if a hook is removed meanwhile."""
+    register_optimizer_step_pre_hook(_wait_to_step)
+
+
+def _wait_to_step(optimizer: Optimizer, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    del args, kwargs
+    await_copy(*_memory_of(optimizer))
+
+
+def _memory_of(handle: nn.Module | Optimizer) -> list[torch.UntypedStorage]:
+    """Return the memory on this rank of the parameters of a model or an optimizer."""
     if isinstance(handle, nn.Module):
         parameters: list[torch.Tensor] = [*handle.parameters()]
     else:
         groups = cast("list[dict[str, list[torch.Tensor]]]", handle.param_groups)
         parameters = [parameter for group in groups for parameter in group["params"]]
     parts = [cast("torch.Tensor", getattr(parameter, "_local_tensor", parameter)) for parameter in parameters]
-    return {part.untyped_storage().data_ptr() for part in parts} - {0}
+    return [part.untyped_storage() for part in parts if part.layout is torch.strided]  # others have none

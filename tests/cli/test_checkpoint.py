@@ -423,6 +423,25 @@ def test_prune_removes_all_but_the_newest(cli: Cli, saved: Saved) -> None:
     )
 
 
+@pytest.mark.parametrize("damage", ["flipped bit", "lost file", "lost manifest"])
+def test_prune_removes_nothing_beside_a_damaged_newest(cli: Cli, saved: Saved, damage: str) -> None:
+    """Where the newest checkpoint is damaged, older ones are what is left: one line says so, and nothing goes."""
+    file = step_of(saved, 9) / ("manifest.json" if damage == "lost manifest" else "actor.model.safetensors")
+    if damage == "flipped bit":
+        flip(file, -1)
+    else:
+        file.unlink()
+    before = tree(saved.directory)
+    outcome = cli("checkpoint", "prune", "run", "--max-num", "1")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert f"run/checkpoints/step-00000009/{file.name} " in outcome.line
+    assert "so nothing was removed; remove run/checkpoints/step-00000009 by hand first." in outcome.line
+    assert tree(saved.directory) == before
+    shutil.rmtree(step_of(saved, 9))
+    assert cli("checkpoint", "prune", "run", "--max-num", "1").code == 0
+    assert sorted(path.name for path in (saved.directory / "checkpoints").iterdir()) == ["step-00000006"]
+
+
 @attrs.frozen(kw_only=True)
 class Kept:
     """Checkpoints by step, with metric and bytes that are saved beside the model, and what the last save was told."""

@@ -328,3 +328,26 @@ def test_a_run_whose_last_save_failed_fails(tmp_path: Path) -> None:
         failing = attrs.evolve(background, start=fail)
         with pytest.raises(CheckpointError, match="the disk is full"):
             train(strategy, config, parts_of(config), background=failing)
+
+
+def test_a_run_that_is_stopped_saves_after_a_save_that_failed(tmp_path: Path) -> None:
+    """A stop is tried, and told, although the save before it failed in the background; that is told, too."""
+    config = saving(tiny_config(tmp_path), save_every=2)
+    strategy, asked, is_bad = get_strategy(config), iter([None, None, "SIGTERM"]), iter([True, False])
+
+    def fail_first(save: Callable[[], None], /) -> None:
+        is_failing = next(is_bad)
+
+        def save_or_fail() -> None:
+            save()
+            if is_failing:
+                raise CheckpointError("the disk is full.")
+
+        background.start(save_or_fail)
+
+    with background_saves(strategy) as background:
+        failing = attrs.evolve(background, start=fail_first)
+        words = r"^SIGTERM: stopped after step 3 .* to go on\. Before that, the disk is full\.$"
+        with pytest.raises(InterruptedRunError, match=words):
+            train(strategy, config, parts_of(config), should_stop=lambda: next(asked), background=failing)
+    assert saved_steps(config) == [2, 3]

@@ -10,10 +10,11 @@ from pathlib import Path
 import attrs
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from lightrft.errors import CheckpointError
 from lightrft.strategy import BackgroundSaves, StrategyConfig, background_saves, get_strategy
+from lightrft.testing.laws.checkpoint.held import held_copying
 from lightrft.testing.subject import Rank
 
 KEPT: list[AbstractContextManager[BackgroundSaves]] = []
@@ -38,30 +39,6 @@ class Seen:
     newest: int | None
 
 
-def held(background: BackgroundSaves, gate: threading.Event) -> BackgroundSaves:
-    """The handle, its saves held before they copy anything."""
-
-    def start(save: object, /) -> None:
-        def wait_and_save() -> None:
-            gate.wait()
-            save()  # type: ignore[operator]
-
-        background.start(wait_and_save)
-
-    return attrs.evolve(background, start=start)
-
-
-def held_writing(background: BackgroundSaves, gate: threading.Event) -> BackgroundSaves:
-    """The handle, its saves held after they have copied."""
-    inner = background.collectives
-
-    def all_gather(data: Tensor) -> Tensor:
-        gate.wait()
-        return inner.all_gather(data)
-
-    return attrs.evolve(background, collectives=attrs.evolve(inner, all_gather=all_gather))  # type: ignore[misc]
-
-
 def num_groups() -> int:
     return len(dist.distributed_c10d._world.pg_map)
 
@@ -82,7 +59,7 @@ def save_on_ranks(rank: Rank, job: Job) -> Seen:
         assert [strategy.all_reduce(number, "sum") for number in range(5)] == [2 * number for number in range(5)]
         background.wait()
         gate = threading.Event()
-        strategy.save_ckpt(model, job.directory, step=2, background=held(background, gate))
+        strategy.save_ckpt(model, job.directory, step=2, background=held_copying(background, gate))
         if rank.rank == job.changed:
             with torch.no_grad():
                 model.get_parameter("weight").add_(1)
@@ -102,6 +79,18 @@ def save_on_ranks(rank: Rank, job: Job) -> Seen:
     )
 
 
+def tear_down_inside(rank: Rank, job: Job) -> int | None:
+    """Tear down before the handle's context is left, and return the newest step."""
+    strategy = rank.build(rank.config)
+    strategy.setup_distributed()
+    with background_saves(strategy) as background:
+        strategy.save_ckpt(nn.Linear(3, 2), job.directory, step=1, background=background)
+        background.wait()
+        strategy.barrier()
+        dist.destroy_process_group()  # as `teardown` of a strategy that made it does
+    return strategy.latest_ckpt(job.directory)
+
+
 def main(directory: Path, how: str) -> None:
     """End without leaving the context; with "full", what is saved finds its place taken."""
     strategy = get_strategy(StrategyConfig(strategy="single"))
@@ -109,7 +98,7 @@ def main(directory: Path, how: str) -> None:
     KEPT.append(background_saves(strategy))  # or it would be left when this function ends
     background = KEPT[0].__enter__()
     gate = threading.Event()
-    path = strategy.save_ckpt(model, directory, step=1, background=held(background, gate))
+    path = strategy.save_ckpt(model, directory, step=1, background=held_copying(background, gate))
     if how == "full":
         (path / "notes").mkdir(parents=True)
     # the main thread ends before anything is written
