@@ -31,7 +31,9 @@ __all__ = [
     "find_leftovers",
     "make_directory",
     "remove_leftovers",
+    "reserving",
     "retire",
+    "stage",
     "staging",
     "sync_directory",
     "sync_tree",
@@ -160,23 +162,43 @@ def make_directory(path: Path) -> None:
 
 
 @contextmanager
-def staging(target: Path) -> Generator[Path, None, None]:
-    """Yield an empty directory to fill, which `commit` moves to `target`; what is left afterwards is removed.
+def reserving(target: Path) -> Generator[Path, None, None]:
+    """Yield a directory beside the target, locked, for `stage`; what is left of it afterwards is removed.
 
     Args:
         target: where the content will stand; its parent exists.
     """
     root, descriptor = _locked_directory(target)
     try:
-        write_file(root / _MARKER, [b'{"format": "lightrft-unfinished", "version": 1}\n'])
-        sync_directory(root)  # or a power loss may leave the content without the marker, which nobody would remove
-        (root / _CONTENT).mkdir()
-        yield root / _CONTENT
+        yield root
     finally:
         # after a commit nothing but the marker is left, and the next writer would remove it
         with suppress(OSError):
             _remove_staging(root)
         os.close(descriptor)
+
+
+def stage(root: Path) -> Path:
+    """Return an empty directory to fill, which `commit` moves to its place.
+
+    Args:
+        root: what `reserving` yielded.
+    """
+    write_file(root / _MARKER, [b'{"format": "lightrft-unfinished", "version": 1}\n'])
+    sync_directory(root)  # or a power loss may leave the content without the marker, which nobody would remove
+    (root / _CONTENT).mkdir()
+    return root / _CONTENT
+
+
+@contextmanager
+def staging(target: Path) -> Generator[Path, None, None]:
+    """Yield an empty directory to fill, which `commit` moves to `target`; what is left afterwards is removed.
+
+    Args:
+        target: where the content will stand; its parent exists.
+    """
+    with reserving(target) as root:
+        yield stage(root)
 
 
 def commit(content: Path, target: Path) -> None:
@@ -212,8 +234,8 @@ def retire(path: Path) -> None:
         sync_directory(path.parent)
 
 
-def remove_leftovers(parent: Path, name: str) -> None:
-    """Remove the staging directories of killed writers.
+def remove_leftovers(parent: Path, name: str) -> list[str]:
+    """Remove the staging directories of killed writers, and return the targets' names of those whose writers live.
 
     A directory is removed only if its name has our exact form, it holds our marker (or nothing at all) and nothing that
     a writer does not make, and no living process holds its lock.
@@ -222,9 +244,12 @@ def remove_leftovers(parent: Path, name: str) -> None:
         parent: where to look.
         name: regular expression of the targets' names.
     """
-    for path in find_leftovers(parent, name):
+    living: list[str] = []
+    for path, target in find_leftovers(parent, name).items():
         with suppress(FileNotFoundError, NotADirectoryError):  # its writer has finished meanwhile, or it is a file
-            _remove_if_abandoned(path)
+            if not _remove_if_abandoned(path):
+                living.append(target)
+    return living
 
 
 def find_leftovers(parent: Path, name: str) -> dict[Path, str]:
@@ -257,13 +282,16 @@ def _locked_directory(target: Path) -> tuple[Path, int]:
         os.close(descriptor)  # another writer took it for a leftover, between its making and its lock
 
 
-def _remove_if_abandoned(root: Path) -> None:
+def _remove_if_abandoned(root: Path) -> bool:
+    """Remove a directory of ours that no writer has, and return whether no writer has it."""
     descriptor = _open_directory(root)
     try:
-        if _try_lock(descriptor) and _is_ours(root):
+        is_abandoned = _try_lock(descriptor)
+        if is_abandoned and _is_ours(root):
             _remove_staging(root)
     finally:
         os.close(descriptor)  # ends the lock, as the end of the process does
+    return is_abandoned
 
 
 def _open_directory(path: Path) -> int:

@@ -16,6 +16,7 @@ from lightrft.backends.checkpointing.layout import (
     checkpoint_path,
     committed_steps,
     step_directories,
+    step_of,
     was_committed,
 )
 from lightrft.backends.checkpointing.lossless import as_dict, loads
@@ -66,7 +67,7 @@ def find_checkpoints(directory: Path) -> list[FoundCheckpoint]:
     unfinished = find_leftovers(directory, STEP_PATTERN) if directory.exists() else {}
     for path, name in unfinished.items():
         with suppress(FileNotFoundError):  # or commits what is new
-            found.append(_unfinished(int(name.removeprefix("step-")), path))
+            found.append(_unfinished(step_of(name), path))
     return sorted(found, key=_by_step)
 
 

@@ -36,6 +36,7 @@ __all__ = [
     "require_entry_names",
     "state_file",
     "step_directories",
+    "step_of",
     "was_committed",
 ]
 
@@ -55,6 +56,15 @@ def checkpoint_path(directory: Path, step: int) -> Path:
         step: its number.
     """
     return directory / f"step-{step:08d}"
+
+
+def step_of(name: str) -> int:
+    """Return the step of a directory.
+
+    Args:
+        name: of the form of `STEP_PATTERN`.
+    """
+    return int(name.removeprefix("step-"))
 
 
 def committed_steps(directory: Path) -> list[int]:
@@ -170,4 +180,4 @@ def step_directories(directory: Path) -> list[tuple[int, Path]]:
         raise CheckpointError(
             f"{directory} cannot be read: {error.strerror}; pass a directory of checkpoints."
         ) from error
-    return sorted((int(path.name.removeprefix("step-")), path) for path in paths)
+    return sorted((step_of(path.name), path) for path in paths)

@@ -51,16 +51,23 @@ class _Standing:
     metric: float | None
 
 
-def retain(directory: Path, retention: Retention, *, just_saved: int) -> None:
-    """Remove the checkpoints that need not stay, oldest first; call it after a commit alone.
+def retain(directory: Path, retention: Retention, *, just_saved: int) -> dict[Path, OSError]:
+    """Remove the checkpoints that need not stay, oldest first, and return those that cannot be removed, and why.
+
+    Call it after a commit alone.
 
     Args:
         directory: directory of all checkpoints of the run.
         retention: which stay.
         just_saved: a step that stays also where newer ones of an earlier run stand beside it.
     """
+    failures: dict[Path, OSError] = {}
     for path in surplus(directory, retention, just_saved=just_saved).values():
-        remove(path)
+        try:
+            remove(path)
+        except OSError as error:
+            failures[path] = error
+    return failures
 
 
 def remove(path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import attrs
@@ -15,7 +16,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightrft.backends.checkpointing.access import LiveTensor, StateAccess
-from lightrft.backends.checkpointing.agreement import together
 from lightrft.backends.checkpointing.entries import Entry, entries_of, handles_of
 from lightrft.backends.checkpointing.gathering import agreed_tables
 from lightrft.backends.checkpointing.layout import CLIENT_STATE, checkpoint_path, random_file
@@ -24,7 +24,14 @@ from lightrft.backends.checkpointing.randomness import capture_streams
 from lightrft.backends.checkpointing.retention import Retention
 from lightrft.backends.checkpointing.snapshot import Snapshot, snapshot_of
 from lightrft.backends.checkpointing.state import EntryState, entry_state
-from lightrft.backends.checkpointing.writing import CheckpointContent, Destination, choose_step, write_checkpoint
+from lightrft.backends.checkpointing.writing import (
+    CheckpointContent,
+    Destination,
+    Place,
+    remove_surplus,
+    reserve,
+    write_checkpoint,
+)
 from lightrft.backends.copying import mark_copied
 from lightrft.backends.world import world_of
 from lightrft.errors import CheckpointError, ConfigError
@@ -78,33 +85,55 @@ def build_save_ckpt(collectives: Collectives, access: StateAccess, *, strategy: 
         world = world_of(collectives)
         content = _content(entries, encoded, collectives, access, world)
         if background is None:
-            return write_checkpoint(content, destination, collectives, world)
-
-        snapshots: list[Snapshot] = []
-
-        def choose() -> dict[str, Json]:
-            snapshots.append(snapshot_of(content, world))
-            return {"step": choose_step(destination)} if world.rank == 0 else {}
-
-        chosen = int(str(together(collectives, choose)[0]["step"]))
+            return _save(content, destination, collectives, world)
         handles = handles_of(entries, access.unwrap_model)
-        _begin(background, snapshots[0], attrs.evolve(destination, step=chosen), world, handles)
-        return checkpoint_path(destination.directory, chosen)
+        step = _save_in_background(background, content, destination, collectives, world, handles)
+        return checkpoint_path(destination.directory, step)
 
     return save_ckpt
+
+
+def _save(content: CheckpointContent, destination: Destination, collectives: Collectives, world: World) -> Path:
+    with ExitStack() as stack:
+        place = reserve(destination, collectives, world, stack)
+        write_checkpoint(content, destination, place, collectives, world)
+    remove_surplus(destination, place, collectives, world)
+    return place.target
+
+
+def _save_in_background(
+    background: BackgroundSaves,
+    content: CheckpointContent,
+    destination: Destination,
+    collectives: Collectives,
+    world: World,
+    handles: Iterable[nn.Module | Optimizer],
+) -> int:
+    """Return the step of what is copied, and then written, in the background; what changes the handles waits."""
+    snapshots: list[Snapshot] = []
+    # a process may go elsewhere meanwhile
+    there = attrs.evolve(destination, directory=destination.directory.absolute())
+
+    def describe() -> None:
+        snapshots.append(snapshot_of(content, world))
+
+    with ExitStack() as stack:
+        place = reserve(there, collectives, world, stack, prepare=describe)
+        _begin(background, snapshots[0], there, place, world, handles, stack)
+        return place.step
 
 
 def _begin(
     background: BackgroundSaves,
     snapshot: Snapshot,
     destination: Destination,
+    place: Place,
     world: World,
     handles: Iterable[nn.Module | Optimizer],
+    stack: ExitStack,
 ) -> None:
-    """Begin to copy, and then to write, in the background; what changes the handles waits for the copy."""
-    copied = threading.Event()
-    # a process may go elsewhere meanwhile
-    there = attrs.evolve(destination, directory=destination.directory.absolute())
+    """Begin to copy, and then to write; the thread closes the stack when that is done."""
+    copied, held = threading.Event(), stack.pop_all()
 
     def copy() -> None:
         try:
@@ -114,18 +143,18 @@ def _begin(
 
     def save() -> None:
         try:
-            write_checkpoint(snapshot.content, there, background.collectives, world, prepare=copy)
+            with held:
+                write_checkpoint(snapshot.content, destination, place, background.collectives, world, prepare=copy)
         except Exception as error:
-            words = str(error)
-            if "earlier checkpoints are as they were" not in words:
-                words = f"{words} Earlier checkpoints are as they were."
-            raise CheckpointError(f"saving step={destination.step} in the background: {words}") from error
+            raise CheckpointError(f"saving step={place.step} in the background: {error}") from error
+        remove_surplus(destination, place, background.collectives, world)
 
     try:
         mark_copied(handles, copied)
         background.start(save)
     except BaseException:
         copied.set()
+        held.close()
         raise
 
 

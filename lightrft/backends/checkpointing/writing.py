@@ -1,10 +1,14 @@
-"""A checkpoint on its way to the disk: ranks gather and rank 0 writes, all agree that files are durable, one rename."""
+"""A checkpoint on its way to the disk: a place, files that all agree are durable, one rename, and what goes then.
+
+Ranks gather, and rank 0 writes. What fails before the rename says that earlier checkpoints are as they were; what fails
+after it, that this one is committed.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import attrs
@@ -17,11 +21,12 @@ from lightrft.backends.checkpointing.durable import (
     disk_errors,
     make_directory,
     remove_leftovers,
-    staging,
+    reserving,
+    stage,
     write_file,
 )
 from lightrft.backends.checkpointing.gathering import Agreed, taking_turns
-from lightrft.backends.checkpointing.layout import MANIFEST, STEP_PATTERN, checkpoint_path, newest_step
+from lightrft.backends.checkpointing.layout import MANIFEST, STEP_PATTERN, checkpoint_path, newest_step, step_of
 from lightrft.backends.checkpointing.lossless import as_dict
 from lightrft.backends.checkpointing.manifest import Manifest, render_manifest
 from lightrft.backends.checkpointing.retention import Retention, retain
@@ -30,9 +35,7 @@ from lightrft.errors import CheckpointError
 from lightrft.strategy.protocols.checkpointing import Json
 from lightrft.strategy.protocols.collectives import Collectives, World
 
-__all__ = ["CheckpointContent", "Destination", "choose_step", "write_checkpoint"]
-
-_ADVICE = "free space or choose another directory; earlier checkpoints are as they were"
+__all__ = ["CheckpointContent", "Destination", "Place", "remove_surplus", "reserve", "write_checkpoint"]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -41,7 +44,7 @@ class Destination:
 
     Attributes:
         directory: of all checkpoints of the run.
-        step: number of the checkpoint; None takes one more than the newest.
+        step: number of the checkpoint; None takes one more than the newest, with those that are being written.
         metric: how good it is; None is unknown.
         retention: which checkpoints stay.
         strategy: key of what wrote it, or None.
@@ -71,17 +74,159 @@ class CheckpointContent:
     gradients: Mapping[str, Mapping[str, torch.Tensor]]
 
 
-def choose_step(destination: Destination) -> int:
-    """Return the step of a new checkpoint; nothing is made.
+@attrs.frozen(kw_only=True)
+class Place:
+    """Where one checkpoint is written, and will stand.
+
+    Attributes:
+        step: its number.
+        target: its directory, once it is committed.
+        root: what `reserving` yielded to rank 0.
+    """
+
+    step: int
+    target: Path
+    root: Path
+
+
+def reserve(
+    destination: Destination,
+    collectives: Collectives,
+    world: World,
+    stack: ExitStack,
+    *,
+    prepare: Callable[[], None] | None = None,
+) -> Place:
+    """Return a place for a new checkpoint, which rank 0 holds until the stack is closed; all ranks call it.
 
     Args:
         destination: where it goes.
+        collectives: what the ranks do together.
+        world: this process's place.
+        stack: closed when the checkpoint is committed, or given up.
+        prepare: called first on every rank; its error is one of all.
 
     Raises:
-        CheckpointError: it exists, or the directory cannot be read.
+        CheckpointError: on all ranks, where any of them failed, or the step exists.
     """
+
+    def begin() -> dict[str, Json]:
+        if prepare is not None:
+            prepare()
+        return _reserve(destination, stack) if world.rank == 0 else {}
+
+    with _reassuring():
+        found = together(collectives, begin)[0]
+    return Place(step=int(str(found["step"])), target=Path(str(found["target"])), root=Path(str(found["root"])))
+
+
+def write_checkpoint(
+    content: CheckpointContent,
+    destination: Destination,
+    place: Place,
+    collectives: Collectives,
+    world: World,
+    *,
+    prepare: Callable[[], None] | None = None,
+) -> None:
+    """Write and commit a checkpoint; all ranks call it. Tensors are let go of as they are written.
+
+    Args:
+        content: what it holds, the same on all ranks but for what is a rank's own.
+        destination: where it goes.
+        place: where in there.
+        collectives: what the ranks do together.
+        world: this process's place.
+        prepare: called first on every rank; its error is one of all.
+
+    Raises:
+        CheckpointError: on all ranks, where any of them failed.
+    """
+    is_first = world.rank == 0
+
+    def begin() -> dict[str, Json]:
+        if prepare is not None:
+            prepare()
+        with _disk_errors(destination):
+            return {"folder": str(stage(place.root))} if is_first else {}
+
+    with _reassuring():
+        folder = Path(str(together(collectives, begin)[0]["folder"]))
+
+        def write() -> dict[str, Json]:
+            with _disk_errors(destination), taking_turns(content.agreed.turns, collectives, world) as pieces:
+                records = _write_own(folder, content)
+                if is_first:
+                    records |= _write_shared(folder, content, pieces)
+            return {file: attrs.asdict(record) for file, record in records.items()}
+
+        files = _merge(together(collectives, write))
+
+        def finish() -> dict[str, Json]:
+            if is_first:
+                with _disk_errors(destination):
+                    _commit(folder, files, destination, place, world)
+            return {}
+
+        together(collectives, finish)
+
+
+def remove_surplus(destination: Destination, place: Place, collectives: Collectives, world: World) -> None:
+    """Remove the checkpoints that need not stay beside one that is committed; all ranks call it.
+
+    Args:
+        destination: where it went.
+        place: where it stands.
+        collectives: what the ranks do together.
+        world: this process's place.
+
+    Raises:
+        CheckpointError: on all ranks, where one cannot be removed.
+    """
+
+    def remove_old() -> dict[str, Json]:
+        if world.rank == 0:
+            with disk_errors("save_dir", destination.directory, advice=f"step={place.step} is committed"):
+                failures = retain(destination.directory, destination.retention, just_saved=place.step)
+            if failures:
+                words = ", ".join(f"{path} ({error.strerror or error})" for path, error in failures.items())
+                raise CheckpointError(
+                    f"step={place.step} is committed, and older checkpoints cannot be removed: {words}; remove them by "
+                    "hand."
+                )
+        return {}
+
+    together(collectives, remove_old)
+
+
+@contextmanager
+def _reassuring() -> Generator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Earlier checkpoints are as they were.") from error
+
+
+def _disk_errors(destination: Destination) -> AbstractContextManager[None]:
+    return disk_errors("save_dir", destination.directory, advice="free space or choose another directory")
+
+
+def _reserve(destination: Destination, stack: ExitStack) -> dict[str, Json]:
+    directory = destination.directory
+    with _disk_errors(destination):
+        make_directory(directory)
+        written = remove_leftovers(directory, STEP_PATTERN)
+        step = _choose_step(destination, written)
+        target = checkpoint_path(directory, step)
+        root = stack.enter_context(reserving(target))
+    return {"step": step, "target": str(target), "root": str(root)}
+
+
+def _choose_step(destination: Destination, written: Iterable[str]) -> int:
+    """Return the step of a new checkpoint, with the names of those that are being written."""
     newest = newest_step(destination.directory)
-    step = destination.step if destination.step is not None else (0 if newest is None else newest) + 1
+    taken = [0 if newest is None else newest, *map(step_of, written)]
+    step = max(taken) + 1 if destination.step is None else destination.step
     target = checkpoint_path(destination.directory, step)
     if os.path.lexists(target):
         raise CheckpointError(
@@ -90,88 +235,18 @@ def choose_step(destination: Destination) -> int:
     return step
 
 
-def write_checkpoint(
-    content: CheckpointContent,
-    destination: Destination,
-    collectives: Collectives,
-    world: World,
-    *,
-    prepare: Callable[[], None] | None = None,
-) -> Path:
-    """Write and commit a checkpoint, then remove those that need not stay, and return its directory.
-
-    All ranks call it. Tensors are let go of as they are written.
-
-    Args:
-        content: what it holds, the same on all ranks but for what is a rank's own.
-        destination: where it goes.
-        collectives: what the ranks do together.
-        world: this process's place.
-        prepare: called first on every rank; its error is one of all.
-
-    Raises:
-        CheckpointError: on all ranks, where any of them failed; earlier checkpoints are as they were.
-    """
-    is_first = world.rank == 0
-    with ExitStack() as stack:
-
-        def begin() -> dict[str, Json]:
-            if prepare is not None:
-                prepare()
-            return _begin(destination, stack) if is_first else {}
-
-        place = together(collectives, begin)[0]
-        folder, target, step = Path(str(place["folder"])), Path(str(place["target"])), int(str(place["step"]))
-
-        def write() -> dict[str, Json]:
-            with (
-                disk_errors("save_dir", destination.directory, advice=_ADVICE),
-                taking_turns(content.agreed.turns, collectives, world) as pieces,
-            ):
-                records = _write_own(folder, content)
-                if is_first:
-                    records |= _write_shared(folder, content, pieces)
-            return {file: attrs.asdict(record) for file, record in records.items()}
-
-        written = together(collectives, write)
-
-        def finish() -> dict[str, Json]:
-            if is_first:
-                manifest = Manifest(
-                    step=step,
-                    world_size=world.world_size,
-                    metric=destination.metric,
-                    files=_merge(written),
-                    strategy=destination.strategy,
-                )
-                with disk_errors("save_dir", destination.directory, advice=_ADVICE):
-                    write_file(folder / MANIFEST, [render_manifest(manifest)])
-                    commit(folder, target)
-            return {}
-
-        together(collectives, finish)
-
-    def remove_old() -> dict[str, Json]:
-        if is_first:
-            with disk_errors(
-                "save_dir", destination.directory, advice=f"{target} is committed, but older ones cannot be removed"
-            ):
-                retain(destination.directory, destination.retention, just_saved=step)
-        return {}
-
-    together(collectives, remove_old)
-    return target
-
-
-def _begin(destination: Destination, stack: ExitStack) -> dict[str, Json]:
-    directory = destination.directory
-    with disk_errors("save_dir", directory, advice=_ADVICE):
-        make_directory(directory)
-        remove_leftovers(directory, STEP_PATTERN)
-        step = choose_step(destination)
-        target = checkpoint_path(directory, step)
-        folder = stack.enter_context(staging(target))
-    return {"folder": str(folder), "target": str(target), "step": step}
+def _commit(
+    folder: Path, files: Mapping[str, FileRecord], destination: Destination, place: Place, world: World
+) -> None:
+    manifest = Manifest(
+        step=place.step,
+        world_size=world.world_size,
+        metric=destination.metric,
+        files=dict(files),
+        strategy=destination.strategy,
+    )
+    write_file(folder / MANIFEST, [render_manifest(manifest)])
+    commit(folder, place.target)
 
 
 def _write_own(folder: Path, content: CheckpointContent) -> dict[str, FileRecord]:

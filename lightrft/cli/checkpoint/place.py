@@ -91,10 +91,10 @@ def no_checkpoint(directory: Path) -> ConfigError:
     Args:
         directory: from `checkpoints_in`.
     """
-    from lightrft.backends.checkpointing.layout import STEP_PATTERN
+    from lightrft.backends.checkpointing.layout import STEP_PATTERN, step_of
 
     if re.fullmatch(STEP_PATTERN, directory.absolute().name):
-        step = int(directory.absolute().name.removeprefix("step-"))
+        step = step_of(directory.absolute().name)
         return ConfigError(f"directory={str(directory)!r} is one checkpoint; name the one above, and --step={step}.")
     return ConfigError(
         f"directory={str(directory)!r} holds no checkpoint; name the directory of a run, or that of its checkpoints."

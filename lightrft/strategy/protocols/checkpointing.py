@@ -161,7 +161,7 @@ class SaveCkpt(Protocol):
             save_dir: directory of all checkpoints of the run.
             optimizer: optimizer of a plain model; a `Trainable` brings its own.
             scheduler: schedule of a plain model.
-            step: number of the checkpoint; None takes one more than the newest.
+            step: number of the checkpoint; None takes one more than the newest, with those that are being written.
             client_state: anything that JSON can hold.
             max_num: how many newest checkpoints stay; None sets no limit.
             max_mem: how many GB (1e9 bytes) of checkpoints stay, in total; None sets no limit.
@@ -175,7 +175,8 @@ class SaveCkpt(Protocol):
         Raises:
             CheckpointError: the step exists, the save before this one failed in the background, the files cannot be
                 written, the ranks have different models, or gradients of an open window that were not yet reduced over
-                ranks (`backward` was told `is_boundary=False`).
+                ranks (`backward` was told `is_boundary=False`). Or an older checkpoint cannot be removed; the message
+                says then that this one is committed.
             ConfigError: `client_state` holds what JSON cannot, and its path is named; or a limit, a rule or the metric
                 is no number of its kind.
         """

@@ -6,6 +6,7 @@ import copy
 import importlib
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -122,11 +123,13 @@ def is_waiting(thread: threading.Thread) -> bool:
 
 
 def test_the_call_returns_before_anything_is_made(tmp_path: Path, strategy: Strategy, gate: threading.Event) -> None:
-    """The path of the checkpoint is known at once, and nothing is on the disk before the state is copied."""
+    """The path of the checkpoint is known at once, and nothing but its place is on the disk before it is copied."""
     with opening(strategy, gate) as background:
         path = strategy.save_ckpt(nn.Linear(2, 1), tmp_path / "a" / "b", background=held_copying(background, gate))
         assert path == tmp_path / "a" / "b" / "step-00000001"
-        assert list(tmp_path.iterdir()) == []
+        reserved = [*path.parent.iterdir()]
+        assert [re.sub("[0-9a-f]{16}$", "", place.name) for place in reserved] == [".step-00000001.tmp-"]
+        assert [*reserved[0].iterdir()] == []
         gate.set()
         background.wait()
         assert strategy.latest_ckpt(tmp_path / "a" / "b") == 1
@@ -417,6 +420,29 @@ def test_ranks_that_are_not_of_torch_need_collectives() -> None:
         return ""
 
     simulated.run_simulated(2, program)
+
+
+def test_saves_without_a_step_beside_one_another_take_different_ones(
+    tmp_path: Path, strategy: Strategy, gate: threading.Event
+) -> None:
+    """Who asks for the next step gets the one after those that are being written, by this handle or another."""
+    models = [nn.Linear(2, 1) for _ in range(4)]
+    with opening(strategy, gate) as background, background_saves(strategy) as second:
+        first = strategy.save_ckpt(models[0], tmp_path, background=held_copying(background, gate))
+        paths = [
+            first,
+            strategy.save_ckpt(models[1], tmp_path),
+            strategy.save_ckpt(models[2], tmp_path, background=second),
+            strategy.save_ckpt(models[3], tmp_path),
+        ]
+        second.wait()
+        gate.set()
+    assert [path.name for path in paths] == [f"step-{step:08d}" for step in (1, 2, 3, 4)]
+    for step, model in enumerate(models, start=1):
+        loaded = nn.Linear(2, 1)
+        strategy.load_ckpt(loaded, tmp_path, step=step)
+        assert same(bits(loaded), bits(model))
+    assert sorted(tmp_path.iterdir()) == paths
 
 
 def test_saves_of_two_models_do_not_hold_one_another_up(

@@ -22,9 +22,12 @@ import pytest
 from torch import nn
 
 import lightrft
+from lightrft.backends.checkpointing.background import saving_thread
 from lightrft.backends.checkpointing.canonical import CheckpointFunctions
+from lightrft.backends.collectives.single import build_collectives
 from lightrft.cli import main
 from lightrft.errors import CheckpointError
+from lightrft.strategy.config import StrategyConfig
 from lightrft.testing.ranks.here import scratch_directory
 
 PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
@@ -51,7 +54,7 @@ def assert_loads(functions: CheckpointFunctions, directory: Path, step: int) -> 
     assert model.weight.item() == step
 
 
-def save_small(functions: CheckpointFunctions, directory: Path, step: int, **keywords: int) -> Path:
+def save_small(functions: CheckpointFunctions, directory: Path, step: int, **keywords: object) -> Path:
     model = nn.Linear(1, 1, bias=False)
     nn.init.constant_(model.weight, step)
     return functions.save_ckpt(model, directory, step=step, **keywords)
@@ -234,12 +237,12 @@ def test_a_directory_of_somebody_else(checkpointing: CheckpointFunctions) -> Non
         before = tree(locked)
         words = as_nobody(lambda: save(locked, 2))
         assert words.startswith(f"save_dir='{locked}' failed: Permission denied ({locked}/.step-00000002.tmp-")
-        assert words.endswith("; free space or choose another directory; earlier checkpoints are as they were.")
+        assert words.endswith("; free space or choose another directory. Earlier checkpoints are as they were.")
         assert as_nobody(load) == "loaded"
         assert tree(locked) == before
         words = as_nobody(lambda: save(shared, 2))
-        assert words.startswith(f"save_dir='{shared}' failed: Permission denied ({shared}/step-00000001")
-        assert words.endswith(f"; {shared}/step-00000002 is committed, but older ones cannot be removed.")
+        older = f"{shared}/step-00000001 (Permission denied)"
+        assert words == f"step=2 is committed, and older checkpoints cannot be removed: {older}; remove them by hand."
         assert sorted(path.name for path in shared.iterdir()) == ["step-00000001", "step-00000002"]
         assert_loads(checkpointing, shared, 2)
         for path in (locked, *scratch.glob("*/step-*")):
@@ -424,17 +427,30 @@ def test_what_another_run_removes_first_is_gone_as_well(
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
 
 
-def test_what_is_there_and_cannot_be_found_is_an_error(
-    tmp_path: Path, checkpointing: CheckpointFunctions, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("in_background", [False, True])
+def test_what_cannot_be_removed_is_named_beside_what_is_committed(
+    tmp_path: Path, checkpointing: CheckpointFunctions, monkeypatch: pytest.MonkeyPatch, in_background: bool
 ) -> None:
-    """A removal that fails for want of something else is not taken for one of another run."""
+    """A removal that fails, for want of something else, too, is no failed save, and keeps no other from its removal."""
 
     def fail(path: Path) -> None:
-        raise FileNotFoundError(2, "No such file or directory", str(path / "gone"))
+        if path.name != "step-00000002":
+            raise FileNotFoundError(2, "No such file or directory", str(path / "gone"))
+        shutil.rmtree(path)
 
-    save_small(checkpointing, tmp_path, 1)
+    for step in (1, 2, 3):
+        save_small(checkpointing, tmp_path, step)
     monkeypatch.setattr("lightrft.backends.checkpointing.retention.retire", fail)
+
+    def save() -> None:
+        with saving_thread(build_collectives(StrategyConfig(strategy="single"))) as background:
+            save_small(checkpointing, tmp_path, 4, max_num=1, background=background if in_background else None)
+
     with pytest.raises(CheckpointError) as caught:
-        save_small(checkpointing, tmp_path, 2, max_num=1)
-    assert_one_line(caught.value, "step-00000002 is committed, but older ones cannot be removed")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+        save()
+    older = ", ".join(f"{tmp_path}/step-{step:08d} (No such file or directory)" for step in (1, 3))
+    assert str(caught.value) == (
+        f"step=4 is committed, and older checkpoints cannot be removed: {older}; remove them by hand."
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{step:08d}" for step in (1, 3, 4)]
+    assert_loads(checkpointing, tmp_path, 4)
