@@ -1,7 +1,7 @@
 # Every command makes its environment first; a second call finds it ready.
 #
 #   make demo    fine-tune a small model by reinforcement and show how much better it got
-#   make demo-vllm   the same with the engine "vllm", in an environment of its own
+#   make demo-vllm, make demo-sglang   the same with another engine, in an environment of its own
 #   make test    the tests
 #   make check   everything that a change must pass: style, types, import rules, tests with coverage, docs
 #   make laws    the laws of all strategies and engines under other seeds: make laws SEEDS=20
@@ -30,7 +30,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-vllm test test-vllm test-sglang check lint types imports coverage docs laws laws-of-ranks laws-apart bench clean
+.PHONY: demo demo-vllm demo-sglang test test-vllm test-sglang check lint types imports coverage docs laws laws-of-ranks laws-apart bench clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml
@@ -46,6 +46,10 @@ demo: $(READY)
 demo-vllm: $(VLLM_READY)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --editable '.[tasks]'
 	$(VLLM_VENV)/bin/lightrft train examples/demo.toml --engine vllm run.dir=runs/demo-vllm-$(SEED) strategy.seed=$(SEED) data.seed=$(SEED)
+
+demo-sglang: $(SGLANG_READY)
+	$(SGLANG_VENV)/bin/python -m pip install --quiet --editable '.[tasks]'
+	$(SGLANG_VENV)/bin/lightrft train examples/demo.toml --engine sglang run.dir=runs/demo-sglang-$(SEED) strategy.seed=$(SEED) data.seed=$(SEED)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -1,4 +1,4 @@
-"""What is run with the engine "vllm" from the command line."""
+"""What is run from the command line with the engine whose environment this is: "vllm" or "sglang"."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lightrft.backends.rollout.sglang_package import require_sglang
 from lightrft.backends.rollout.vllm_package import require_vllm
 from lightrft.cli import main
 from lightrft.errors import MissingPackageError
@@ -17,15 +18,24 @@ from lightrft.loops.collect import Request
 from lightrft.loops.ranks import RolloutOnRanks
 from lightrft.strategy import Completion, EngineHandle
 
-try:
-    require_vllm()
-except MissingPackageError as missing:
-    pytest.skip(str(missing), allow_module_level=True)
+REQUIRE = {"vllm": require_vllm, "sglang": require_sglang}
+
+
+def is_installed(engine: str) -> bool:
+    try:
+        REQUIRE[engine]()
+    except MissingPackageError:
+        return False
+    return True
+
+
+HERE = [engine for engine in REQUIRE if is_installed(engine)]
+
+if not HERE:
+    pytest.skip("neither vLLM nor SGLang is installed", allow_module_level=True)
 
 # other people's packages warn while they are imported
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-VLLM = ["--engine", "vllm", "engine.cache_gb=0.01"]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.parametrize("engine", HERE)]
 
 CONFIG = """\
 [strategy]
@@ -44,6 +54,7 @@ path = "problems.jsonl"
 heldout_size = 6
 [engine]
 max_new_tokens = 4
+cache_gb = 0.01
 [algorithm]
 prompts_per_step = 2
 num_samples = 4
@@ -56,9 +67,9 @@ threads = 1
 """
 
 
-def test_the_doctor_takes_it_through_its_life(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_doctor_takes_it_through_its_life(capsys: pytest.CaptureFixture[str], engine: str) -> None:
     """A start, completions, a verified sync, sleep, waking and a close, each with a row."""
-    assert main(["doctor", "--engine", "vllm"]) == 0
+    assert main(["doctor", "--engine", engine]) == 0
     lines = capsys.readouterr().out.splitlines()
     steps = ["step", "start", "generate", "sync", "verify", "sleep", "wake", "close"]
     assert [line.split()[0] for line in lines] == steps
@@ -71,22 +82,22 @@ def make_workplace(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(directory)
 
 
-def test_a_configuration_runs_with_it_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--engine vllm` is all that a run of the engine "hf" needs; its logprobs are the trainer's in every step."""
+def test_a_configuration_runs_with_it_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+    """`--engine` is all that a run of the engine "hf" needs; its logprobs are the trainer's in every step."""
     make_workplace(tmp_path, monkeypatch)
     rows = {}
-    for engine in ("hf", "vllm"):
-        assert main(["train", "run.toml", *VLLM, "--engine", engine, f"run.dir={engine}", "--quiet"]) == 0
-        lines = (tmp_path / engine / "metrics.jsonl").read_text().splitlines()
-        rows[engine] = [json.loads(line) for line in lines]
-    assert [(row["kind"], row["step"]) for row in rows["vllm"]] == [(row["kind"], row["step"]) for row in rows["hf"]]
-    assert all(row["logprob_difference"] < 1e-5 for row in rows["vllm"] if row["kind"] == "step")
+    for name in ("hf", engine):
+        assert main(["train", "run.toml", "--engine", name, f"run.dir={name}", "--quiet"]) == 0
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        rows[name] = [json.loads(line) for line in lines]
+    assert [(row["kind"], row["step"]) for row in rows[engine]] == [(row["kind"], row["step"]) for row in rows["hf"]]
+    assert all(row["logprob_difference"] < 1e-5 for row in rows[engine] if row["kind"] == "step")
     # what is greedy and made of the same weights is the same
-    assert rows["vllm"][0]["accuracy"] == rows["hf"][0]["accuracy"]
-    assert rows["vllm"][0]["reward"] == rows["hf"][0]["reward"]
+    assert rows[engine][0]["accuracy"] == rows["hf"][0]["accuracy"]
+    assert rows[engine][0]["reward"] == rows["hf"][0]["reward"]
 
 
-def test_a_rollout_that_is_made_ahead_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rollout_that_is_made_ahead_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
     """Made in a thread while the policy learns, or after it has learnt, with older weights: metrics are bit-equal."""
     make_workplace(tmp_path, monkeypatch)
     stale = ["algorithm.max_staleness=1", "algorithm.importance_correction=truncate"]
@@ -94,7 +105,7 @@ def test_a_rollout_that_is_made_ahead_is_the_same(tmp_path: Path, monkeypatch: p
     for name, make in (("thread", made_ahead), ("after", made_after)):
         with monkeypatch.context() as patch:
             patch.setattr("lightrft.loops.reinforce.made_ahead", make)
-            assert main(["train", "run.toml", *VLLM, *stale, f"run.dir={name}", "--quiet"]) == 0
+            assert main(["train", "run.toml", "--engine", engine, *stale, f"run.dir={name}", "--quiet"]) == 0
         written.append((tmp_path / name / "metrics.jsonl").read_bytes())
     assert written[0] == written[1]
     rows = [json.loads(line) for line in written[0].splitlines()]
