@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightrft.backends.rollout import vllm_load
+from lightrft.backends.rollout.projection import PACKED_AFTER
 from lightrft.backends.rollout.vllm_inside import Inside
 from lightrft.backends.rollout.vllm_package import require_vllm
 from lightrft.config import EngineConfig, ModelConfig
@@ -109,10 +110,8 @@ def test_after_rounds_of_training_logprobs_are_the_trainers(engines: ExitStack, 
     assert [c.logprobs for c in before] != [c.logprobs for c in generate(handle, GREEDY)]
 
 
-def test_a_tied_head_that_vllm_forgets_is_noticed_and_mended(
-    engines: ExitStack, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where the embedding comes alone, vLLM's tied head keeps its old weights: the probe sees it; it is mended."""
+def test_a_tied_head_follows_its_embedding(engines: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the embedding comes alone, vLLM's tied head has its new weights, too; by vLLM's own means it has not."""
     strategy = get_strategy(StrategyConfig(strategy="single"))
     handle = start(engines, policy(tied=True))
     load = vllm_load.load
@@ -120,20 +119,41 @@ def test_a_tied_head_that_vllm_forgets_is_noticed_and_mended(
     def load_without_head(inside: Inside, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         load(inside, [(name, tensor) for name, tensor in tensors if name != "lm_head.weight"])
 
-    def leave(model: nn.Module, names: Sequence[str]) -> None:
-        del model
-        assert list(names) == ["lm_head.weight"]
-
     monkeypatch.setattr("lightrft.backends.rollout.vllm.load", load_without_head)
-    with monkeypatch.context() as patch:
-        patch.setattr(vllm_load, "_rearrange", leave)
-        with pytest.raises(WeightSyncError, match=r"a logprob is .* nats from the trainer's"):
-            strategy.update_engine_weights(handle, policy(tied=True, seed=1))
-    with pytest.raises(EngineStateError, match="torn"):
-        generate(handle, GREEDY)
-    new = policy(tied=True, seed=2)
+    new = policy(tied=True, seed=1)
     assert strategy.update_engine_weights(handle, new).max_logprob_difference < 1e-5
     assert logprob_difference(generate(handle, HOT), new, temperature=1.7) < 1e-5
+
+
+def test_weights_that_are_not_the_trainers_are_noticed(engines: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor that came with other values is seen by the probe; the engine is torn, and the next sync mends it."""
+    strategy = get_strategy(StrategyConfig(strategy="single"))
+    handle = start(engines, policy())
+    load = vllm_load.load
+
+    def load_otherwise(inside: Inside, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        load(inside, [(name, tensor * (1 + ("1.mlp.down_proj" in name))) for name, tensor in tensors])
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lightrft.backends.rollout.vllm.load", load_otherwise)
+        with pytest.raises(WeightSyncError, match=r"a logprob is .* nats from the trainer's"):
+            strategy.update_engine_weights(handle, policy(seed=1))
+    with pytest.raises(EngineStateError, match="torn"):
+        generate(handle, GREEDY)
+    new = policy(seed=2)
+    assert strategy.update_engine_weights(handle, new).max_logprob_difference < 1e-5
+    assert logprob_difference(generate(handle, HOT), new, temperature=1.7) < 1e-5
+
+
+def test_a_matrix_that_was_packed_is_forgotten(engines: ExitStack) -> None:
+    """After long generation with one set of weights, short and long generation with the next have its logprobs."""
+    wide, new = policy(length=128, hidden_size=512), policy(length=128, hidden_size=512, seed=1)
+    handle = start(engines, wide)
+    long = SamplingParams(temperature=1.7, max_new_tokens=2 * PACKED_AFTER, seed=5)
+    assert logprob_difference(generate(handle, long), wide, temperature=1.7) < 1e-4
+    get_strategy(StrategyConfig(strategy="single")).update_engine_weights(handle, new)
+    assert logprob_difference(generate(handle, HOT), new, temperature=1.7) < 1e-4
+    assert logprob_difference(generate(handle, long), new, temperature=1.7) < 1e-4
 
 
 def test_a_parameter_of_vllm_that_no_name_reaches_is_noticed(

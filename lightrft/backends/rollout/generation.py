@@ -125,6 +125,9 @@ def build_token_generator(
 ) -> TokenGenerator:
     """Return a generator for a model, whose weights it reads now and at each `refresh`.
 
+    Weights that the fused decoder multiplies with at once become views of one tensor, so the model should be nobody
+    else's.
+
     Args:
         model: a causal language model of transformers, on the device where it shall run.
         max_batch_size: how many sequences are decoded at a time; the cache's memory grows with it.

@@ -11,7 +11,7 @@ import torch
 from lightrft.backends.rollout.generation import TokenGenerator, build_token_generator
 from lightrft.backends.rollout.lifecycle import guarded
 from lightrft.backends.rollout.request_checks import check_processor, placeholders
-from lightrft.backends.rollout.weights import ModelCopy, check_coverage, copy_model, write_tensors
+from lightrft.backends.rollout.weights import ModelCopy, begin_write, check_coverage, copy_model, write_tensors
 from lightrft.errors import UnsupportedError
 from lightrft.models.images import read_prompts
 from lightrft.strategy.protocols.rollout import Completion, Engine, EngineHandle, EngineSource, Prompt, SamplingParams
@@ -29,6 +29,7 @@ class _State:
     weights: ModelCopy
     generator: TokenGenerator
     device: torch.device
+    is_stale: bool = False  # whether the generator must read the weights again before it is used
 
 
 def build_hf(config: EngineConfig) -> Engine:
@@ -61,7 +62,7 @@ def build_hf(config: EngineConfig) -> Engine:
 
     def generate(handle: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
         read = read_prompts(prompts, handle.processor)
-        sequences = _state(handle).generator.generate(read, sampling)
+        sequences = _fresh_generator(_state(handle)).generate(read, sampling)
         return [
             Completion(
                 prompt_ids=read[sequence.prompt_index - sampling.first_prompt].token_ids,
@@ -75,14 +76,14 @@ def build_hf(config: EngineConfig) -> Engine:
         ]
 
     def begin_update(handle: EngineHandle) -> None:
-        _state(handle).weights.written.clear()
+        begin_write(_state(handle).weights)
 
     def put(handle: EngineHandle, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         write_tensors(_state(handle).weights, tensors)
 
     def commit(handle: EngineHandle) -> int:
         check_coverage(_state(handle).weights)
-        _state(handle).generator.refresh()
+        _state(handle).is_stale = True
         return handle.weight_version + 1
 
     def abort(handle: EngineHandle) -> None:
@@ -96,7 +97,7 @@ def build_hf(config: EngineConfig) -> Engine:
     def wake(handle: EngineHandle) -> None:
         state = _state(handle)
         state.weights.model.to(state.device)
-        state.generator.refresh()
+        state.is_stale = True
 
     def flush_cache(handle: EngineHandle) -> None:
         del handle  # a key-value cache lives as long as one call of generate
@@ -118,6 +119,13 @@ def build_hf(config: EngineConfig) -> Engine:
         close=close,
     )
     return guarded(engine)
+
+
+def _fresh_generator(state: _State) -> TokenGenerator:
+    if state.is_stale:
+        state.generator.refresh()
+        state.is_stale = False
+    return state.generator
 
 
 def _state(handle: EngineHandle) -> _State:

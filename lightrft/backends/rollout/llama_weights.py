@@ -9,10 +9,12 @@ Shapes: H hidden, V vocabulary, D head size, Q query heads, K key-value heads, A
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import attrs
 import torch
+from torch import nn
 
 from lightrft.backends.rollout.projection import Project, build_projection
 
@@ -87,11 +89,11 @@ def read_layer(model: PreTrainedModel, shape: ModelShape, layer: int) -> LayerWe
     parameters = dict(model.get_submodule(f"model.layers.{layer}").named_parameters())
 
     def join(*names: str) -> Project:
-        weights = [_rotary_rows(name, parameters[f"{name}.weight"], shape) for name in names]
+        weight_OI = _joined([parameters[f"{name}.weight"] for name in names], _num_rotary(names), shape)
         biases = [
             _rotary_rows(name, parameters[f"{name}.bias"], shape) for name in names if f"{name}.bias" in parameters
         ]
-        return build_projection(weights, biases)
+        return build_projection(weight_OI, torch.cat(biases) if biases else None)
 
     return LayerWeights(
         attention_norm_H=parameters["input_layernorm.weight"].detach(),
@@ -106,17 +108,51 @@ def read_layer(model: PreTrainedModel, shape: ModelShape, layer: int) -> LayerWe
 
 def read_head(model: PreTrainedModel) -> Project:
     """Return the map from hidden states to logits as it is now, tied to the embeddings or not."""
-    return build_projection([model.get_parameter("lm_head.weight")], [])
+    return build_projection(model.get_parameter("lm_head.weight"), None)
 
 
-def _rotary_rows(name: str, values: torch.Tensor, shape: ModelShape) -> torch.Tensor:
-    """Return a projection's weight or bias, with the rows of each query or key head reordered."""
+def _num_rotary(names: Sequence[str]) -> int:
+    """Return how many of the projections, which are the first ones, make what is rotated."""
+    return sum(name.endswith(("q_proj", "k_proj")) for name in names)
+
+
+def _joined(parameters: Sequence[nn.Parameter], num_rotary: int, shape: ModelShape) -> torch.Tensor:
+    """Return weights as one matrix.
+
+    Those that keep the order of their rows become views of it: whoever writes into them later has written into it, and
+    to join them again costs nothing. The first ones, whose rows are reordered, are copied each time.
+    """
+    if len(parameters) == 1:
+        return parameters[0].detach()
+    last, sizes = parameters[-1], [len(parameter) for parameter in parameters]
+    shape_OI = (sum(sizes), last.shape[1])
+    is_joined = last.untyped_storage().nbytes() == shape_OI[0] * shape_OI[1] * last.element_size() and [
+        parameter.untyped_storage().data_ptr() == last.untyped_storage().data_ptr() for parameter in parameters
+    ] == [place >= num_rotary for place in range(len(parameters))]
+    joined_OI = last.new_empty(0).set_(last.untyped_storage(), 0, shape_OI) if is_joined else last.new_empty(shape_OI)
+    for place, (part, parameter) in enumerate(zip(joined_OI.split(sizes), parameters, strict=True)):
+        if place < num_rotary:
+            _write_rotary_rows(part, parameter.detach(), shape)
+        elif not is_joined:
+            part.copy_(parameter)
+            parameter.data = part
+    return joined_OI
+
+
+def _write_rotary_rows(part: torch.Tensor, values: torch.Tensor, shape: ModelShape) -> None:
+    """Write the rows of each query or key head reordered."""
+    pairs = values.view(-1, 2, shape.head_size // 2, *values.shape[1:]).transpose(1, 2)
+    part.view(pairs.shape).copy_(pairs)
+
+
+def _rotary_rows(name: str, bias: torch.Tensor, shape: ModelShape) -> torch.Tensor:
+    """Return a projection's bias, with that of each query or key head reordered."""
     if not name.endswith(("q_proj", "k_proj")):
-        return values
-    return _interleave(values.detach().reshape(-1, shape.head_size, *values.shape[1:])).flatten(0, 1)
+        return bias.detach()
+    return _interleave(bias.detach().view(-1, shape.head_size)).flatten()
 
 
-def _qk_norm(parameters: dict[str, torch.nn.Parameter], shape: ModelShape) -> torch.Tensor | None:
+def _qk_norm(parameters: dict[str, nn.Parameter], shape: ModelShape) -> torch.Tensor | None:
     if "self_attn.q_norm.weight" not in parameters:
         return None
     query_1D = _interleave(parameters["self_attn.q_norm.weight"].detach().unsqueeze(0))

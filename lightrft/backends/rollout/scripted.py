@@ -16,7 +16,7 @@ import torch
 
 from lightrft.backends.rollout.lifecycle import guarded
 from lightrft.backends.rollout.request_checks import check_request
-from lightrft.backends.rollout.weights import ModelCopy, check_coverage, copy_model, write_tensors
+from lightrft.backends.rollout.weights import ModelCopy, begin_write, check_coverage, copy_model, write_tensors
 from lightrft.errors import ConfigError, UnsupportedError
 from lightrft.models.tokenizer import encode_text
 from lightrft.strategy.protocols.rollout import Completion, Engine, EngineHandle, EngineSource, Prompt, SamplingParams
@@ -70,7 +70,7 @@ def build_scripted(config: EngineConfig) -> Engine:
         return completions
 
     def begin_update(handle: EngineHandle) -> None:
-        _state(handle).weights.written.clear()
+        begin_write(_state(handle).weights)
 
     def put(handle: EngineHandle, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         write_tensors(_state(handle).weights, tensors)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import HashStore  # under `torch.distributed` it is not exported to type checkers
 
+from lightrft.backends.rollout.vllm_load import plain_matrices
 from lightrft.backends.rollout.vllm_package import Llm, RequestOutput, Vllm, undisturbed
 from lightrft.errors import ConfigError, EngineStateError, UnsupportedError
 from lightrft.strategy.protocols.images import Processor
@@ -102,7 +103,7 @@ def start_inside(
             "engine='vllm' runs in this process already and its groups are of the whole process; close it."
         )
     owns_group = not dist.is_initialized()
-    with undisturbed(), _memory_unbound(), tempfile.TemporaryDirectory() as directory:
+    with undisturbed(), _memory_unbound(), plain_matrices(), tempfile.TemporaryDirectory() as directory:
         _write_config(model, processor, directory)
         if owns_group:
             # with a store in memory nothing is written and no other process can come in
@@ -211,7 +212,7 @@ def _scale_logits(inside: Inside) -> None:
 
     def scale(module: nn.Module, args: object, logits: torch.Tensor) -> torch.Tensor:
         del module, args
-        return logits if inside.temperature == 1 else logits / inside.temperature
+        return logits if inside.temperature == 1 else logits.div_(inside.temperature)  # made for this call alone
 
     for module in found:
         module.register_forward_hook(scale)
@@ -229,14 +230,31 @@ def run_requests(
         temperature: divides the logits.
     """
     inside.temperature = temperature
-    # vLLM draws from torch's global stream even where each request has its own, and compiles a function of one line
-    with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
+    # vLLM draws from torch's global stream even where each request has its own, and compiles functions of a line or two
+    with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"), _ranks_uncounted():
         try:
             return inside.llm.generate(requests, params, use_tqdm=False)
         except BaseException:
             engine = cast("Any", inside.llm.llm_engine)
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise
+
+
+@contextmanager
+def _ranks_uncounted() -> Generator[None]:
+    """Keep vLLM from counting for each token how many are likelier, which nobody asks."""
+    sampler = cast("Any", import_module("vllm.v1.sample.sampler"))
+    count = sampler.batched_count_greater_than
+    sampler.batched_count_greater_than = _count_none
+    try:
+        yield
+    finally:
+        sampler.batched_count_greater_than = count
+
+
+def _count_none(logprobs: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    del values
+    return torch.zeros(len(logprobs), dtype=torch.int64)
 
 
 def forget_images(inside: Inside) -> None:

@@ -1,34 +1,72 @@
-"""How weights come into a running vLLM: layer by layer, rearranged for the CPU as soon as a layer is complete."""
+"""How weights come into a running vLLM: straight into the matrices with which it multiplies.
+
+On a CPU vLLM multiplies with a rearranged copy of each matrix, and makes that copy anew whenever weights come, which
+takes many times as long as to copy them. Here linear layers multiply with their matrices where they lie, and matrices
+are rearranged later, once they were used so often that it pays. What cannot wait, such as the experts of a mixture, is
+loaded layer by layer, as vLLM itself does it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from types import ModuleType
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import nn
 
-from lightrft.backends.rollout.vllm_inside import Inside
+from lightrft.backends.rollout.projection import Multiply, build_multiplication
 
-__all__ = ["begin_load", "end_load", "load"]
+if TYPE_CHECKING:
+    from lightrft.backends.rollout.vllm_inside import Inside
+
+__all__ = ["begin_load", "end_load", "load", "plain_matrices"]
 
 
-class _QuantMethod(Protocol):
-    def process_weights_after_loading(self, layer: object) -> None: ...
+class _Linear(Protocol):
+    weight: torch.Tensor
+    cpu_linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 class _ExpertsMethod(Protocol):
     moe_kernel: object
 
 
-class _Layer(Protocol):
-    """A layer whose matrix was rearranged for the CPU."""
+@contextmanager
+def plain_matrices() -> Generator[None]:
+    """Let the linear layers that vLLM makes ready inside multiply with their matrices where they lie."""
+    layers = cast("Any", import_module("vllm.model_executor.layers.utils"))
+    rearrange = layers.dispatch_cpu_unquantized_gemm
 
-    weight: torch.Tensor
-    quant_method: _QuantMethod
+    def leave(layer: nn.Module, remove_weight: bool) -> None:
+        if _is_matrix(layer):
+            _multiply_in_place(layer)
+        else:
+            rearrange(layer, remove_weight)
+
+    layers.dispatch_cpu_unquantized_gemm = leave
+    try:
+        yield
+    finally:
+        layers.dispatch_cpu_unquantized_gemm = rearrange
+
+
+def _multiply_in_place(layer: nn.Module) -> None:
+    linear = cast("_Linear", layer)
+    multiply: Multiply = build_multiplication(linear.weight.data)
+
+    def cpu_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        del weight  # the layer's own
+        return multiply(inputs, bias)
+
+    linear.cpu_linear = cpu_linear
+
+
+def _is_matrix(layer: nn.Module) -> bool:
+    weight = cast("_Linear", layer).weight
+    return weight.dim() == 2
 
 
 def begin_load(inside: Inside) -> None:
@@ -39,21 +77,34 @@ def begin_load(inside: Inside) -> None:
     """
     if inside.loaded is not None:
         end_load(inside)
-    _forget_kernels(inside.model)
-    _reload().initialize_layerwise_reload(inside.model)
+    for layer in _rearranged(inside.model):
+        _forget_kernel(layer)
+        _reload().initialize_layerwise_reload(layer)
     inside.loaded = set()
 
 
-def _forget_kernels(model: nn.Module) -> None:
-    """Let vLLM make the kernels of mixtures of experts anew.
+def _rearranged(model: nn.Module) -> list[nn.Module]:
+    """Return the layers that hold their weights in another form than they come in, or others that are made of them."""
+    linear = import_module("vllm.model_executor.layers.linear").UnquantizedLinearMethod
+    embedding = import_module("vllm.model_executor.layers.vocab_parallel_embedding").UnquantizedEmbeddingMethod
+    is_attention = import_module("vllm.model_executor.layers.attention").is_deferred_attention_layer
 
-    On a CPU it rearranges the experts when their kernel is made, at the first load alone: where there is one already,
-    a later load leaves the experts as they came, and the kernel takes them for rearranged ones.
-    """
-    for layer in model.modules():
+    def is_rearranged(layer: nn.Module) -> bool:
         method = getattr(layer, "quant_method", None)
-        if hasattr(method, "moe_kernel"):
-            cast("_ExpertsMethod", method).moe_kernel = None
+        return method is not None and not (type(method) in {linear, embedding} and _is_matrix(layer))
+
+    return [layer for layer in model.modules() if is_attention(layer) or is_rearranged(layer)]
+
+
+def _forget_kernel(layer: nn.Module) -> None:
+    """Let vLLM make the kernel of a mixture of experts anew.
+
+    It rearranges the experts when their kernel is made, at the first load alone: where there is one already, a later
+    load leaves the experts as they came, and the kernel takes them for rearranged ones.
+    """
+    method = getattr(layer, "quant_method", None)
+    if hasattr(method, "moe_kernel"):
+        cast("_ExpertsMethod", method).moe_kernel = None
 
 
 def load(inside: Inside, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -94,25 +145,16 @@ def end_load(inside: Inside) -> list[str]:
     """
     loaded, inside.loaded = inside.loaded or set(), None
     with torch.no_grad(), _in_config(inside):
-        _reload().finalize_layerwise_reload(inside.model, inside.runner.model_config)
-        names: dict[int, list[str]] = {}
-        for name, parameter in inside.model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
-        reached = [tied for tied in names.values() if loaded.intersection(tied)]
-        _rearrange(inside.model, [name for tied in reached for name in tied if name not in loaded])
-    return [tied[0] for tied in names.values() if tied not in reached]
-
-
-def _rearrange(model: nn.Module, names: Sequence[str]) -> None:
-    """Rearrange matrices anew that were loaded under the name of another layer.
-
-    On a CPU a layer multiplies with a rearranged copy, which vLLM makes anew for the layer that is loaded. A head that
-    is tied to the embedding has a copy of its own, and keeps the old one where the embedding is loaded alone.
-    """
-    for name in names:
-        layer = cast("_Layer", model.get_submodule(name.rpartition(".")[0]))
-        if hasattr(layer, "cpu_linear"):
-            layer.quant_method.process_weights_after_loading(layer)
+        rearranged = _rearranged(inside.model)
+        for layer in rearranged:
+            _reload().finalize_layerwise_reload(layer, inside.runner.model_config)
+        for layer in inside.model.modules():
+            if hasattr(layer, "cpu_linear") and layer not in rearranged:
+                _multiply_in_place(layer)
+    names: dict[int, list[str]] = {}
+    for name, parameter in inside.model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [tied[0] for tied in names.values() if not loaded.intersection(tied)]
 
 
 def _in_config(inside: Inside) -> AbstractContextManager[object]:

@@ -11,7 +11,16 @@ from torch import nn
 
 from lightrft.errors import UnsupportedError, WeightSyncError, nearest
 
-__all__ = ["ModelCopy", "check_coverage", "checked", "copy_model", "require_all", "tensors_of", "write_tensors"]
+__all__ = [
+    "ModelCopy",
+    "begin_write",
+    "check_coverage",
+    "checked",
+    "copy_model",
+    "require_all",
+    "tensors_of",
+    "write_tensors",
+]
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -20,10 +29,12 @@ class ModelCopy:
 
     Attributes:
         model: the copy, frozen and in evaluation mode.
+        targets: what an update writes into, by name; asked for once in an update.
         written: names that the update under way has written.
     """
 
     model: nn.Module
+    targets: dict[str, torch.Tensor]
     written: set[str]
 
 
@@ -42,7 +53,7 @@ def copy_model(model: nn.Module) -> ModelCopy:
         message = f"model={type(model).__name__} cannot be copied ({error}); detach the tensors that it keeps."
         raise UnsupportedError(message) from error
     duplicate.requires_grad_(requires_grad=False).eval()
-    return ModelCopy(model=duplicate, written=set())
+    return ModelCopy(model=duplicate, targets=dict(duplicate.state_dict(keep_vars=True)), written=set())
 
 
 def tensors_of(weights: ModelCopy) -> dict[str, torch.Tensor]:
@@ -56,6 +67,16 @@ def tensors_of(weights: ModelCopy) -> dict[str, torch.Tensor]:
     return dict(weights.model.state_dict(keep_vars=True))
 
 
+def begin_write(weights: ModelCopy) -> None:
+    """Make an update begin: nothing is written yet.
+
+    Args:
+        weights: the engine's model.
+    """
+    weights.targets = tensors_of(weights)
+    weights.written.clear()
+
+
 def write_tensors(weights: ModelCopy, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Copy tensors into the engine's model, in its dtypes.
 
@@ -66,11 +87,10 @@ def write_tensors(weights: ModelCopy, tensors: Iterable[tuple[str, torch.Tensor]
     Raises:
         WeightSyncError: a name is unknown or came before in this update, or a shape differs.
     """
-    targets = tensors_of(weights)
-    shapes = {name: target.shape for name, target in targets.items()}
+    shapes = {name: target.shape for name, target in weights.targets.items()}
     with torch.no_grad():
         for name, tensor in checked(tensors, shapes=shapes, written=weights.written):
-            targets[name].copy_(tensor)
+            weights.targets[name].copy_(tensor)
 
 
 def checked(
@@ -106,7 +126,7 @@ def check_coverage(weights: ModelCopy) -> None:
     Raises:
         WeightSyncError: tensors are missing; the first ones are named.
     """
-    require_all(tensors_of(weights), weights.written)
+    require_all(weights.targets, weights.written)
 
 
 def require_all(names: Collection[str], written: Collection[str]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightrft.backends.rollout.scripted import build_scripted
-from lightrft.backends.rollout.weights import check_coverage, copy_model, tensors_of, write_tensors
+from lightrft.backends.rollout.weights import begin_write, check_coverage, copy_model, tensors_of, write_tensors
 from lightrft.config.sections import EngineConfig
 from lightrft.errors import ConfigError, DataError, UnsupportedError, WeightSyncError
 from lightrft.models.tokenizer import build_character_tokenizer
@@ -212,6 +212,7 @@ def test_buffers_that_a_move_replaced_are_written() -> None:
     weights.model.double()
     weights.model.float()
     model.running_mean.fill_(3.0)
+    begin_write(weights)
     write_tensors(weights, model.state_dict().items())
     check_coverage(weights)
     assert weights.model.running_mean.tolist() == [3.0, 3.0]
