@@ -18,6 +18,7 @@ from lightrft.loops.state import RunState, state_to_json
 from lightrft.strategy import get_strategy
 from lightrft.strategy.protocols.checkpointing import Json
 from lightrft.testing.ranks.processes import processes
+from lightrft.testing.ranks.spawn import SpawnRank
 from lightrft.testing.subject import RunOnRanks, subject_of
 from lightrft.tracking.files import channel_path
 
@@ -55,11 +56,11 @@ def case_of(directory: Path, name: str) -> RunCase:
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[Callable[[int], RunOnRanks]]:
+def ranks(spawn: SpawnRank) -> Iterator[Callable[[int], RunOnRanks]]:
     """Pools of one and two processes, each started when it is first asked, for every strategy."""
     subject = subject_of(get_strategy, "strategy")
     with ExitStack() as stack:
-        yield {n: stack.enter_context(processes(subject, n, timeout=100)) for n in (1, 2)}.__getitem__
+        yield {n: stack.enter_context(processes(subject, n, timeout=100, spawn=spawn)) for n in (1, 2)}.__getitem__
 
 
 def last_checkpoint(case: RunCase) -> dict[str, bytes]:

@@ -30,6 +30,7 @@ from lightrft.strategy.protocols.training import StepResult
 from lightrft.strategy.record import Strategy
 from lightrft.testing.ranks.processes import processes
 from lightrft.testing.ranks.simulated import run_simulated_ranks
+from lightrft.testing.ranks.spawn import SpawnRank
 from lightrft.testing.replicated import build_gloo, build_simulated
 from lightrft.testing.subject import RunOnRanks, subject_of
 from lightrft.tracking.files import channel_path, read_rows
@@ -161,8 +162,8 @@ def test_a_stop_that_one_rank_is_asked_for_in_a_rollout_stops_all(tmp_path: Path
 
 
 @pytest.fixture(scope="module")
-def gloo() -> Iterator[RunOnRanks]:
-    with processes(subject_of(build_gloo, "strategy"), 2, timeout=100) as run:
+def gloo(spawn: SpawnRank) -> Iterator[RunOnRanks]:
+    with processes(subject_of(build_gloo, "strategy"), 2, timeout=100, spawn=spawn) as run:
         yield run
 
 

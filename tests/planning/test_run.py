@@ -25,6 +25,7 @@ from lightrft.strategy import background_saves, get_strategy
 from lightrft.strategy.protocols.collectives import World
 from lightrft.testing.ranks.here import run_here
 from lightrft.testing.ranks.processes import processes
+from lightrft.testing.ranks.spawn import SpawnRank
 from lightrft.testing.subject import RunOnRanks, subject_of
 
 FSDP2 = StrategyConfig(strategy="fsdp2", seed=5)
@@ -39,9 +40,9 @@ def programs() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
-def run_on_two(programs: ModuleType) -> Iterator[RunOnRanks]:
+def run_on_two(programs: ModuleType, spawn: SpawnRank) -> Iterator[RunOnRanks]:
     del programs
-    with processes(subject_of("fsdp2", "strategy", config=FSDP2), 2, timeout=60) as run:
+    with processes(subject_of("fsdp2", "strategy", config=FSDP2), 2, timeout=60, spawn=spawn) as run:
         yield run
 
 
@@ -159,9 +160,11 @@ def test_a_save_in_the_background_copies_as_much_as_is_estimated(
 
 
 @pytest.fixture(scope="module")
-def zero_on_two(programs: ModuleType) -> Iterator[RunOnRanks]:
+def zero_on_two(programs: ModuleType, spawn: SpawnRank) -> Iterator[RunOnRanks]:
     del programs
-    with processes(subject_of("deepspeed", "strategy", config=StrategyConfig(seed=5)), 2, timeout=60) as run:
+    with processes(
+        subject_of("deepspeed", "strategy", config=StrategyConfig(seed=5)), 2, timeout=60, spawn=spawn
+    ) as run:
         yield run
 
 

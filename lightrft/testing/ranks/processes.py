@@ -29,7 +29,7 @@ from lightrft.testing.ranks.messages import (
     start_of_subject,
     types_of_program,
 )
-from lightrft.testing.ranks.spawn import Worker, end_workers, exit_words, say, start_workers
+from lightrft.testing.ranks.spawn import SpawnRank, Worker, end_workers, exit_words, say, spawn_rank, start_workers
 from lightrft.testing.ranks.watchdog import StuckError
 from lightrft.testing.subject import Program, RunOnRanks, Subject
 
@@ -59,6 +59,7 @@ class _Pool:
         start: what each worker is told first, but for the file of its last call.
         world_size: number of ranks.
         timeout: seconds that a program may take.
+        spawn: starts a worker.
         directory: for the files of workers.
         store: where workers find one another; its port is the system's choice.
         group: number of the process group; what breaks one makes the next program use a new one.
@@ -69,6 +70,7 @@ class _Pool:
     start: Start
     world_size: int
     timeout: float
+    spawn: SpawnRank
     directory: Path
     store: TCPStore
     group: int = 0
@@ -77,7 +79,9 @@ class _Pool:
 
 
 @contextmanager
-def processes(subject: Subject, world_size: int, *, timeout: float = 30.0) -> Generator[RunOnRanks]:
+def processes(
+    subject: Subject, world_size: int, *, timeout: float = 30.0, spawn: SpawnRank = spawn_rank
+) -> Generator[RunOnRanks]:
     """Yield what runs programs on ranks in processes of their own, over gloo; afterwards all of them are gone.
 
     The workers start with the first program. Programs and subject are found there by their names, with the module
@@ -88,6 +92,7 @@ def processes(subject: Subject, world_size: int, *, timeout: float = 30.0) -> Ge
         subject: what is held to the laws.
         world_size: number of ranks.
         timeout: seconds that a program may take.
+        spawn: starts the process of a rank, by default as a new interpreter.
 
     Raises:
         ConfigError: the subject is not found by its name, or a number makes no sense.
@@ -100,6 +105,7 @@ def processes(subject: Subject, world_size: int, *, timeout: float = 30.0) -> Ge
             start=start_of_subject(subject, timeout=2 * timeout),
             world_size=world_size,
             timeout=timeout,
+            spawn=spawn,
             directory=directory,
             store=TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False),
         )
@@ -137,7 +143,12 @@ def _start(pool: _Pool) -> None:
     pool.group += 1
     pool.lines = SimpleQueue()
     pool.workers = start_workers(
-        pool.start, pool.world_size, port=pool.store.port, directory=pool.directory, lines=pool.lines
+        pool.start,
+        pool.world_size,
+        spawn=pool.spawn,
+        port=pool.store.port,
+        directory=pool.directory,
+        lines=pool.lines,
     )
     _raise_first(pool, _collect(pool, _START_SECONDS))
 

@@ -7,20 +7,62 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
-from typing import IO, cast
+from typing import IO, Protocol, cast
 
 import attrs
 
 from lightrft.testing.plain import to_json
 from lightrft.testing.ranks.messages import Start
 
-__all__ = ["Worker", "end_workers", "exit_words", "say", "start_workers"]
+__all__ = ["RankProcess", "SpawnRank", "Worker", "end_workers", "exit_words", "say", "spawn_rank", "start_workers"]
 
 _TAIL = 5
 """Lines of what a worker printed that are shown when it has ended."""
+
+
+class RankProcess(Protocol):
+    """What is asked of the process of a rank, as `subprocess.Popen` answers it."""
+
+    @property
+    def pid(self) -> int:
+        """Its number, and that of its process group; nobody else's until `wait` returned."""
+        ...
+
+    @property
+    def stdin(self) -> IO[str] | None:
+        """What it reads."""
+        ...
+
+    @property
+    def stdout(self) -> IO[str] | None:
+        """What it writes."""
+        ...
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit code, or minus the number of the signal that ended it, once `wait` returned."""
+        ...
+
+    def wait(self) -> int:
+        """Wait until it has ended; return its exit code."""
+        ...
+
+
+class SpawnRank(Protocol):
+    """Starts the process of a rank: `lightrft.testing.ranks.worker`, at the head of a process group of its own."""
+
+    def __call__(self, environment: Mapping[str, str], printed: Path, /) -> RankProcess:
+        """Return the process, with pipes for what it reads and writes.
+
+        Args:
+            environment: all its variables.
+            printed: file to which its standard error is appended.
+        """
+        ...
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -35,19 +77,26 @@ class Worker:
     """
 
     rank: int
-    process: subprocess.Popen[str]
+    process: RankProcess
     progress: Path
     printed: Path
 
 
 def start_workers(
-    start: Start, world_size: int, *, port: int, directory: Path, lines: SimpleQueue[tuple[int, str | None]]
+    start: Start,
+    world_size: int,
+    *,
+    spawn: SpawnRank,
+    port: int,
+    directory: Path,
+    lines: SimpleQueue[tuple[int, str | None]],
 ) -> list[Worker]:
     """Return the workers of all ranks, at once: they become ready later.
 
     Args:
         start: what each is told first, but for `progress`.
         world_size: number of ranks.
+        spawn: starts each of them.
         port: of the store where they find one another, on this machine.
         directory: for their files.
         lines: gets (rank, line) for all that they say, and (rank, None) when one has ended.
@@ -57,7 +106,7 @@ def start_workers(
         progress, printed = directory / f"progress-{rank}", directory / f"printed-{rank}"
         worker = Worker(
             rank=rank,
-            process=_spawn(_environment(rank, world_size, port), printed),
+            process=spawn(_environment(rank, world_size, port), printed),
             progress=progress,
             printed=printed,
         )
@@ -108,6 +157,31 @@ def exit_words(worker: Worker) -> str:
     return "\n".join([f"rank {worker.rank} ended with exit code {code}{name}", *printed])
 
 
+def spawn_rank(environment: Mapping[str, str], printed: Path, /) -> RankProcess:
+    """Return a new interpreter that runs a rank.
+
+    Args:
+        environment: all its variables.
+        printed: file to which its standard error is appended.
+    """
+    with printed.open("a") as stderr:  # to append, because the worker empties it
+        # to look for garbage among what it imports would take a fifth of its start
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "-P",
+                "-c",
+                "import gc; gc.disable(); from lightrft.testing.ranks.worker import main; main()",
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env=environment,
+            text=True,
+            start_new_session=True,  # so that all that it starts can be ended with it
+        )
+
+
 def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     # as a launcher does, whose store is there already; the module search path is this process's
     return {
@@ -121,19 +195,6 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
     }
-
-
-def _spawn(environment: dict[str, str], printed: Path) -> subprocess.Popen[str]:
-    with printed.open("a") as stderr:  # to append, because the worker empties it
-        return subprocess.Popen(
-            [sys.executable, "-P", "-m", "lightrft.testing.ranks.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            env=environment,
-            text=True,
-            start_new_session=True,  # so that all that it starts can be ended with it
-        )
 
 
 def _listen(worker: Worker, lines: SimpleQueue[tuple[int, str | None]]) -> None:

@@ -55,6 +55,7 @@ def main() -> None:
         # torch imports seconds' worth of modules with its first optimizer, which no program should be charged with
         torch.optim.SGD([torch.zeros(1)])
         gc.freeze()  # nor with walks over these modules, which a backend that collects garbage itself would make often
+        gc.enable()  # what starts a worker may have turned it off until here
         store: Store = next(rendezvous("env://"))[0]
     except BaseException as error:  # noqa: BLE001 (the parent raises it)
         _say(replies, Reply(failure=failure_of(error)))
@@ -140,7 +141,3 @@ def _run(job: Job, subject: Subject, place: _Place) -> str:
     restore_streams(new_streams(seed=place.rank))  # every program begins as in a new process
     with strategies_torn_down(subject, rank=place.rank, world_size=place.world_size, directory=directory) as rank:
         return to_json(program(rank, from_json(job.case, case)), evidence)
-
-
-if __name__ == "__main__":
-    main()

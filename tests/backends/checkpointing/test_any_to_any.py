@@ -15,6 +15,7 @@ import torch
 
 from lightrft.strategy.build import get_strategy
 from lightrft.testing.ranks.processes import processes
+from lightrft.testing.ranks.spawn import SpawnRank
 from lightrft.testing.subject import RunOnRanks, subject_of
 
 
@@ -46,12 +47,12 @@ def programs() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
-def ranks(programs: ModuleType) -> Iterator[Callable[[int], RunOnRanks]]:
+def ranks(programs: ModuleType, spawn: SpawnRank) -> Iterator[Callable[[int], RunOnRanks]]:
     """Pools of one, two and three processes, each started when it is first asked, for every strategy."""
     del programs
     subject = subject_of(get_strategy, "strategy")
     with ExitStack() as stack:
-        yield {n: stack.enter_context(processes(subject, n, timeout=90)) for n in (1, 2, 3)}.__getitem__
+        yield {n: stack.enter_context(processes(subject, n, timeout=90, spawn=spawn)) for n in (1, 2, 3)}.__getitem__
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ from lightrft.strategy import BackgroundSaves, Strategy, StrategyConfig, Trainab
 from lightrft.strategy.protocols import BuildStrategy
 from lightrft.testing.laws.checkpoint.held import held_copying
 from lightrft.testing.ranks.processes import processes
+from lightrft.testing.ranks.spawn import SpawnRank
 from lightrft.testing.replicated import build_gloo, build_simulated
 from lightrft.testing.subject import subject_of
 
@@ -388,14 +389,14 @@ def test_a_process_that_ends_without_leaving_completes_the_save(tmp_path: Path, 
 
 @pytest.mark.parametrize("target", [build_gloo, "fsdp2"])
 def test_ranks_save_over_a_group_of_their_own(
-    tmp_path: Path, programs: ModuleType, target: str | BuildStrategy
+    tmp_path: Path, programs: ModuleType, spawn: SpawnRank, target: str | BuildStrategy
 ) -> None:
     """Two processes save while they reduce; neither the group nor a thread is left, and an error of one is of both.
 
     Where all groups were destroyed inside of the context, leaving has nothing left to destroy, and no error.
     """
     subject = subject_of(target, "strategy", config=StrategyConfig(timeout=40))
-    with processes(subject, 2, timeout=60) as run:
+    with processes(subject, 2, timeout=60, spawn=spawn) as run:
         fine = run(programs.save_on_ranks, programs.Job(directory=str(tmp_path / "fine")))
         changed = run(programs.save_on_ranks, programs.Job(directory=str(tmp_path / "changed"), changed=0))
         assert run(programs.tear_down_inside, programs.Job(directory=str(tmp_path / "torn down"))) == [1, 1]

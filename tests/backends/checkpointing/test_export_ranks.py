@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +16,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lightrft.strategy.config import StrategyConfig
-from lightrft.testing.conformance.hold import run_on
+from lightrft.testing.ranks.here import run_here
+from lightrft.testing.ranks.processes import processes
+from lightrft.testing.ranks.spawn import SpawnRank
 from lightrft.testing.subject import RunOnRanks, subject_of
 
 SETTINGS: dict[str, tuple[int, dict[str, object]]] = {
@@ -37,12 +40,13 @@ def programs() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module", params=SETTINGS)
-def run(programs: ModuleType, request: pytest.FixtureRequest) -> Iterator[RunOnRanks]:
+def run(programs: ModuleType, spawn: SpawnRank, request: pytest.FixtureRequest) -> Iterator[RunOnRanks]:
     del programs
     world_size, settings = SETTINGS[request.param]
     config = StrategyConfig.from_mapping(settings)
     subject = subject_of(str(config.strategy), "strategy", config=config)
-    with run_on(subject, "here" if world_size == 1 else "processes", world_size) as runner:
+    alone = nullcontext(run_here(subject))
+    with alone if world_size == 1 else processes(subject, world_size, timeout=90, spawn=spawn) as runner:
         yield runner
 
 

@@ -30,6 +30,7 @@ from lightrft.loops.state import RunState
 from lightrft.strategy import get_strategy
 from lightrft.strategy.protocols import Trainable
 from lightrft.testing.ranks.processes import processes
+from lightrft.testing.ranks.spawn import SpawnRank
 from lightrft.testing.replicated import build_gloo
 from lightrft.testing.subject import subject_of
 
@@ -180,12 +181,17 @@ class _Same:
 
 @pytest.mark.parametrize(("strategy", "zero_stage"), [("fsdp2", 0), ("deepspeed", 3)])
 def test_what_two_processes_write_is_read(
-    tmp_path: Path, reader: ModuleType, programs: Callable[[str], ModuleType], strategy: str, zero_stage: int
+    tmp_path: Path,
+    reader: ModuleType,
+    programs: Callable[[str], ModuleType],
+    strategy: str,
+    zero_stage: int,
+    spawn: SpawnRank,
 ) -> None:
     """Whatever shards a model, its tensors and moments are whole in the files, under plain names."""
     module = programs("strategy_programs")
     job = module.Job(strategy=strategy, zero_stage=zero_stage, directories=[str(tmp_path)])
-    with processes(subject_of(get_strategy, "strategy"), 2, timeout=90) as run:
+    with processes(subject_of(get_strategy, "strategy"), 2, timeout=90, spawn=spawn) as run:
         seen = run(module.write, job)[0].at
     found = reader.read_checkpoint(tmp_path)
     aliases = found["actor.state.json"]["aliases"]
@@ -203,11 +209,11 @@ def test_what_two_processes_write_is_read(
 
 
 def test_open_windows_of_two_processes_are_read(
-    tmp_path: Path, reader: ModuleType, programs: Callable[[str], ModuleType]
+    tmp_path: Path, reader: ModuleType, programs: Callable[[str], ModuleType], spawn: SpawnRank
 ) -> None:
     """Each rank's file of gradients has the parts that it holds, under the names of the parameters."""
     module = programs("sharded_programs")
-    with processes(subject_of(build_gloo, "strategy"), 2, timeout=60) as run:
+    with processes(subject_of(build_gloo, "strategy"), 2, timeout=60, spawn=spawn) as run:
         seen = run(module.save_inside_a_window, module.Job(directory=str(tmp_path), is_sharded=True, num_steps=1))
     found = reader.read_checkpoint(tmp_path)
     for rank, one in enumerate(seen):

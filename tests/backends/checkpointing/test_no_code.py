@@ -25,6 +25,7 @@ from safetensors.torch import save
 import lightrft
 from lightrft.strategy import get_strategy
 from lightrft.testing.ranks.processes import processes
+from lightrft.testing.ranks.spawn import SpawnRank
 from lightrft.testing.subject import RunOnRanks, subject_of
 
 FOLDER = Path(__file__).parent
@@ -43,11 +44,11 @@ def programs() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
-def ranks(programs: ModuleType) -> Iterator[Callable[[int], RunOnRanks]]:
+def ranks(programs: ModuleType, spawn: SpawnRank) -> Iterator[Callable[[int], RunOnRanks]]:
     del programs
     subject = subject_of(get_strategy, "strategy")
     with ExitStack() as stack:
-        yield {n: stack.enter_context(processes(subject, n, timeout=90)) for n in (1, 2)}.__getitem__
+        yield {n: stack.enter_context(processes(subject, n, timeout=90, spawn=spawn)) for n in (1, 2)}.__getitem__
 
 
 def opcodes(content: bytes) -> list[str]:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from lightrft.config import StrategyConfig
 from lightrft.testing.ranks.processes import processes
+from lightrft.testing.ranks.spawn import SpawnRank
 from lightrft.testing.replicated import build_gloo
 from lightrft.testing.subject import RunOnRanks, subject_of
 
@@ -32,12 +33,12 @@ def programs() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
-def ranks(programs: ModuleType) -> Iterator[Callable[[int], RunOnRanks]]:
+def ranks(programs: ModuleType, spawn: SpawnRank) -> Iterator[Callable[[int], RunOnRanks]]:
     """Pools of one, two and three processes, each started when it is first asked."""
     del programs
     subject = subject_of(build_gloo, "strategy", config=StrategyConfig(seed=5))
     with ExitStack() as stack:
-        yield {n: stack.enter_context(processes(subject, n, timeout=60)) for n in (1, 2, 3)}.__getitem__
+        yield {n: stack.enter_context(processes(subject, n, timeout=60, spawn=spawn)) for n in (1, 2, 3)}.__getitem__
 
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:

@@ -21,6 +21,7 @@ from lightrft.errors import CollectiveError, ConfigError
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.protocols.collectives import World
 from lightrft.testing.ranks.processes import processes
+from lightrft.testing.ranks.spawn import SpawnRank
 from lightrft.testing.signatures import signature_differences_of_record
 from lightrft.testing.subject import RunOnRanks, subject_of
 
@@ -40,9 +41,11 @@ def programs() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
-def run(programs: ModuleType) -> Iterator[RunOnRanks]:
+def run(programs: ModuleType, spawn: SpawnRank) -> Iterator[RunOnRanks]:
     del programs
-    with processes(subject_of("lightrft.testing.replicated:build_gloo", "strategy"), RANKS) as run_on_ranks:
+    with processes(
+        subject_of("lightrft.testing.replicated:build_gloo", "strategy"), RANKS, spawn=spawn
+    ) as run_on_ranks:
         yield run_on_ranks
 
 

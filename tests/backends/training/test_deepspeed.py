@@ -21,6 +21,7 @@ from lightrft.errors import MissingPackageError, UnsupportedError
 from lightrft.strategy.build import get_strategy
 from lightrft.strategy.config import StrategyConfig
 from lightrft.testing.ranks.processes import processes
+from lightrft.testing.ranks.spawn import SpawnRank
 from lightrft.testing.subject import RunOnRanks, subject_of
 
 STAGES = (0, 1, 2, 3)
@@ -35,9 +36,9 @@ def programs() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
-def run(programs: ModuleType) -> Iterator[RunOnRanks]:  # noqa: ARG001 (workers find them by name)
+def run(programs: ModuleType, spawn: SpawnRank) -> Iterator[RunOnRanks]:  # noqa: ARG001 (workers find them by name)
     """Two ranks."""
-    with processes(subject_of("deepspeed", "strategy"), 2, timeout=90.0) as run_on_ranks:
+    with processes(subject_of("deepspeed", "strategy"), 2, timeout=90.0, spawn=spawn) as run_on_ranks:
         yield run_on_ranks
 
 
@@ -58,9 +59,11 @@ def test_every_stage_makes_the_steps_of_raw_torch(stage: int, run: RunOnRanks, p
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_any_number_of_ranks_makes_the_steps_of_raw_torch(world_size: int, programs: ModuleType) -> None:
+def test_any_number_of_ranks_makes_the_steps_of_raw_torch(
+    world_size: int, programs: ModuleType, spawn: SpawnRank
+) -> None:
     """So it is with one rank and with three, which no parameter can be divided by."""
-    with processes(subject_of("deepspeed", "strategy"), world_size, timeout=90.0) as run_on_ranks:
+    with processes(subject_of("deepspeed", "strategy"), world_size, timeout=90.0, spawn=spawn) as run_on_ranks:
         for stage in STAGES:
             case = programs.Case(stage=stage, is_told=False)
             require_close(run_on_ranks(programs.train, case), programs.expected(case, world_size))

@@ -22,6 +22,7 @@ from lightrft.errors import ConfigError, StepError, UnsupportedError
 from lightrft.strategy.build import get_strategy
 from lightrft.strategy.record import Strategy
 from lightrft.testing.ranks.processes import processes
+from lightrft.testing.ranks.spawn import SpawnRank
 from lightrft.testing.subject import RunOnRanks, subject_of
 
 CLOSE = 1e-5
@@ -52,9 +53,9 @@ def programs() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
-def run(programs: ModuleType) -> Iterator[RunOnRanks]:
+def run(programs: ModuleType, spawn: SpawnRank) -> Iterator[RunOnRanks]:
     del programs
-    with processes(subject_of("fsdp2", "strategy"), 2) as run_on_ranks:
+    with processes(subject_of("fsdp2", "strategy"), 2, spawn=spawn) as run_on_ranks:
         yield run_on_ranks
 
 
@@ -88,9 +89,9 @@ def test_what_can_be_sharded_is(run: RunOnRanks, programs: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 4])
-def test_any_number_of_ranks_trains_alike(programs: ModuleType, world_size: int) -> None:
+def test_any_number_of_ranks_trains_alike(programs: ModuleType, world_size: int, spawn: SpawnRank) -> None:
     """One, three and four ranks do what one process does; four also as two copies of two shards, and as four copies."""
-    with processes(subject_of("fsdp2", "strategy"), world_size) as run_on_ranks:
+    with processes(subject_of("fsdp2", "strategy"), world_size, spawn=spawn) as run_on_ranks:
         require_raw(run_on_ranks, programs, world_size, experts=(0, 1))
         for replicate in (2, 4) if world_size == 4 else ():
             require_raw(run_on_ranks, programs, 4, experts=(0, 1), replicate=replicate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +13,9 @@ import pytest
 import torch
 
 from lightrft.strategy.config import StrategyConfig
-from lightrft.testing.conformance.hold import run_on
+from lightrft.testing.ranks.here import run_here
+from lightrft.testing.ranks.processes import processes
+from lightrft.testing.ranks.spawn import SpawnRank
 from lightrft.testing.subject import subject_of
 
 CLOSE = 1e-5
@@ -33,13 +36,14 @@ def programs() -> Iterator[ModuleType]:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_only_adapters_learn_and_they_learn_the_same(programs: ModuleType, name: str) -> None:
+def test_only_adapters_learn_and_they_learn_the_same(programs: ModuleType, spawn: SpawnRank, name: str) -> None:
     """Losses, norms and tensors are those of raw torch; the optimizer holds adapters alone; a checkpoint has all."""
     world_size, settings = SETTINGS[name]
     config = StrategyConfig.from_mapping(settings)
     subject = subject_of(str(config.strategy), "strategy", config=config)
     case = programs.Case()
-    with run_on(subject, "here" if world_size == 1 else "processes", world_size) as run:
+    alone = nullcontext(run_here(subject))
+    with alone if world_size == 1 else processes(subject, world_size, timeout=90, spawn=spawn) as run:
         seen = run(programs.train, case)
     must = programs.raw(case, world_size)
     losses = [seen[index % world_size].losses[index // world_size] for index in range(len(must.losses))]

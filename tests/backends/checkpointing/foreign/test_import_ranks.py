@@ -16,6 +16,7 @@ from test_import import imported
 
 from lightrft.strategy.build import get_strategy
 from lightrft.testing.ranks.processes import processes
+from lightrft.testing.ranks.spawn import SpawnRank
 from lightrft.testing.subject import RunOnRanks, subject_of
 
 SOURCES = ("dcp-nested", "zero2", "zero3")
@@ -36,11 +37,11 @@ def programs() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
-def ranks(programs: ModuleType) -> Iterator[Callable[[int], RunOnRanks]]:
+def ranks(programs: ModuleType, spawn: SpawnRank) -> Iterator[Callable[[int], RunOnRanks]]:
     del programs
     subject = subject_of(get_strategy, "strategy")
     with ExitStack() as stack:
-        yield {n: stack.enter_context(processes(subject, n, timeout=90)) for n in (1, 2)}.__getitem__
+        yield {n: stack.enter_context(processes(subject, n, timeout=90, spawn=spawn)) for n in (1, 2)}.__getitem__
 
 
 def test_every_strategy_loads_what_was_imported(
