@@ -14,6 +14,7 @@ import attrs
 from lightrft.backends.launch import world_size_of_launch
 from lightrft.cli.command import Command
 from lightrft.cli.failures import EXIT_OK
+from lightrft.cli.importing import importing
 from lightrft.cli.run_dir import find_config
 from lightrft.cli.terminal import say
 from lightrft.cli.voice import one_voice, quieten_torch
@@ -56,14 +57,15 @@ def _without_copies(config: Config) -> Config:
 
 
 def _evaluate(config: Config, at_end: ExitStack, *, num_shown: int) -> None:
-    from lightrft.cli.preflight import check_problems, set_threads
-    from lightrft.loops.evaluate import evaluate
-    from lightrft.loops.parts import build_parts
-    from lightrft.strategy import get_strategy
+    with importing():
+        from lightrft.cli.preflight import check_problems, set_threads
+        from lightrft.loops.evaluate import evaluate
+        from lightrft.loops.parts import build_parts
+        from lightrft.strategy import get_strategy
 
-    set_threads(config.run.threads)
-    strategy = get_strategy(config)
-    parts = build_parts(config)
+        set_threads(config.run.threads)
+        strategy = get_strategy(config)
+        parts = build_parts(config)
     check_problems(parts, config)
     at_end.callback(strategy.teardown)
     world = strategy.setup_distributed()

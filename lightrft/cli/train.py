@@ -15,6 +15,7 @@ import attrs
 from lightrft.backends.launch import rank_of_launch, world_size_of_launch
 from lightrft.cli.command import Command
 from lightrft.cli.failures import EXIT_OK
+from lightrft.cli.importing import importing
 from lightrft.cli.run_dir import bind_config, open_run_dir
 from lightrft.cli.terminal import command_line, say
 from lightrft.cli.voice import one_voice, quieten_torch
@@ -117,8 +118,9 @@ def _starts_ranks(num_ranks: int) -> bool:
 
 
 def _run_ranks(config: Config, options: _Options, args: argparse.Namespace, should_stop: ShouldStop) -> int:
-    from lightrft.cli.processes import run_ranks
-    from lightrft.planning.run import check_ranks
+    with importing():
+        from lightrft.cli.processes import run_ranks
+        from lightrft.planning.run import check_ranks
 
     check_ranks(config, args.nproc)  # said before anything is started
     flags = [*(["--quiet"] if args.quiet else []), *(["--debug"] if args.debug else [])]
@@ -162,19 +164,20 @@ def _again(args: argparse.Namespace) -> list[str]:
 
 def _train(config: Config, options: _Options, directory: Path, should_stop: ShouldStop, at_end: ExitStack) -> None:
     # heavy imports after all that can be refused without them
-    from lightrft.cli.agreement import check_ranks_agree
-    from lightrft.cli.preflight import check_problems, set_threads
-    from lightrft.loops.parts import build_parts
-    from lightrft.loops.run import checkpoint_dir
-    from lightrft.loops.train import train
-    from lightrft.planning.run import check_ranks
-    from lightrft.strategy import background_saves, get_strategy
-    from lightrft.testing.checked import checked
-    from lightrft.tracking.tracker import no_tracker
+    with importing():
+        from lightrft.cli.agreement import check_ranks_agree
+        from lightrft.cli.preflight import check_problems, set_threads
+        from lightrft.loops.parts import build_parts
+        from lightrft.loops.run import checkpoint_dir
+        from lightrft.loops.train import train
+        from lightrft.planning.run import check_ranks
+        from lightrft.strategy import background_saves, get_strategy
+        from lightrft.testing.checked import checked
+        from lightrft.tracking.tracker import no_tracker
 
-    set_threads(config.run.threads)
-    check_ranks(config, world_size_of_launch())  # said now, and not after the warm-up
-    strategy = checked(get_strategy(config)) if options.is_checked else get_strategy(config)
+        set_threads(config.run.threads)
+        check_ranks(config, world_size_of_launch())  # said now, and not after the warm-up
+        strategy = checked(get_strategy(config)) if options.is_checked else get_strategy(config)
     at_end.callback(strategy.teardown)
     world = strategy.setup_distributed()
     if world.world_size > 1:
@@ -183,7 +186,8 @@ def _train(config: Config, options: _Options, directory: Path, should_stop: Shou
     done = strategy.latest_ckpt(checkpoint_dir(config))
     if is_rank_0:
         bind_config(directory, config, is_resumed=done is not None)
-    parts = build_parts(config)
+    with importing():  # of the model's library
+        parts = build_parts(config)
     check_problems(parts, config)
     tracker = _build_tracker(config, is_quiet=options.is_quiet) if is_rank_0 else no_tracker()
     at_end.callback(tracker.close)
