@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 
 import psutil
 import pytest
@@ -16,7 +17,7 @@ from lightrft.config import EngineConfig, ModelConfig
 from lightrft.errors import ConfigError, MissingPackageError
 from lightrft.models.build import build_model
 from lightrft.models.tokenizer import build_character_tokenizer
-from lightrft.strategy import EngineHandle, Prompt, SamplingParams, get_strategy
+from lightrft.strategy import Completion, EngineHandle, Prompt, SamplingParams, get_strategy
 
 try:
     require_vllm()
@@ -45,6 +46,14 @@ def policy(*, seed: int) -> nn.Module:
     return build_model(config, build_character_tokenizer("0123456789+"), seed=seed)
 
 
+def require_same(made: Sequence[Completion], wanted: Sequence[Completion]) -> None:
+    """Compare tokens, and logprobs but for their last bits, which a package may sum in another order each time."""
+    assert [completion.token_ids for completion in made] == [completion.token_ids for completion in wanted]
+    assert [completion.weight_version for completion in made] == [completion.weight_version for completion in wanted]
+    for one, other in zip(made, wanted, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+
+
 def pid_of(handle: EngineHandle) -> int:
     assert isinstance(handle.state, ApartState)
     return handle.state.process.popen.pid
@@ -61,7 +70,7 @@ def test_it_is_mended_after_it_was_killed_and_leaves_nothing() -> None:
         handle.engine.wake(handle)
         pid = pid_of(handle)
         os.kill(pid, signal.SIGKILL)
-        assert strategy.gather_and_generate(handle, PROMPTS, HOT) == made
+        require_same(strategy.gather_and_generate(handle, PROMPTS, HOT), made)
         with torch.no_grad():
             model.get_parameter("model.norm.weight").mul_(1.5)
         assert strategy.update_engine_weights(handle, model).weight_version == 2
@@ -78,14 +87,14 @@ def test_hf_draws_the_same_tokens_after_its_process_was_killed() -> None:
         strategy.setup_inference_engine(EngineConfig(type="hf", process="own"), actor=first) as apart,
         strategy.setup_inference_engine(EngineConfig(type="hf"), actor=first) as here,
     ):
-        assert apart.engine.capabilities == here.engine.capabilities
+        assert apart.engine.capabilities == {"sampling"}
         for handle in (apart, here):
             report = strategy.update_engine_weights(handle, second)
             assert (report.weight_version, report.num_tensors) == (1, len(second.state_dict()))
         made = strategy.gather_and_generate(apart, PROMPTS, HOT)
-        assert made == strategy.gather_and_generate(here, PROMPTS, HOT)
+        require_same(made, strategy.gather_and_generate(here, PROMPTS, HOT))
         os.kill(pid_of(apart), signal.SIGKILL)
-        assert strategy.gather_and_generate(apart, PROMPTS, HOT) == made
+        require_same(strategy.gather_and_generate(apart, PROMPTS, HOT), made)
         assert (apart.status, apart.weight_version) == ("awake", 1)
 
 
