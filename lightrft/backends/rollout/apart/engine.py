@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import tempfile
@@ -15,13 +14,14 @@ import attrs
 import torch
 
 from lightrft.backends.rollout.apart.memory import Segment, free_segment, new_segment, size_of, write_bucket
-from lightrft.backends.rollout.apart.messages import Answer, Bucket, Call, Request, Start, raised_by
+from lightrft.backends.rollout.apart.messages import Answer, Bucket, Call, Request, Saved, Start, raised_by
 from lightrft.backends.rollout.apart.process import EngineProcess, ask, await_answer, end_process, start_process, tell
 from lightrft.backends.rollout.apart.recipe import recipe_of, tensors_for
 from lightrft.backends.rollout.lifecycle import guarded
 from lightrft.config.sections import EngineConfig
 from lightrft.errors import EngineCrashError, UnsupportedError
 from lightrft.strategy.protocols.checkpointing import SavesTokenizer
+from lightrft.strategy.protocols.images import Processor
 from lightrft.strategy.protocols.rollout import (
     BuildEngine,
     Completion,
@@ -102,20 +102,13 @@ def build_apart(build: BuildEngine, config: EngineConfig) -> Engine:
         except BaseException:
             _end(state)
             raise
-        return EngineHandle(engine=engine, status="awake", weight_version=0, state=state)
+        return EngineHandle(engine=engine, status="awake", weight_version=0, state=state, processor=source.processor)
 
     def generate(handle: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
-        for index, prompt in enumerate(prompts):
-            if prompt.images:
-                raise UnsupportedError(
-                    f"prompts[{index}] has images, which do not travel to an engine in a process of its own; use "
-                    "engine.process='trainer'."
-                )
-        token_ids = tuple(prompt.token_ids for prompt in prompts)
-        answer = _call(handle, Request(call="generate", prompts=token_ids, sampling=sampling))
+        answer = _call(handle, Request(call="generate", prompts=tuple(prompts), sampling=sampling))
         return [
             Completion(
-                prompt_ids=token_ids[place // sampling.n],
+                prompt_ids=answer.prompts[place // sampling.n],
                 token_ids=made.token_ids,
                 logprobs=made.logprobs,
                 finish_reason=made.finish_reason,
@@ -169,7 +162,7 @@ def build_apart(build: BuildEngine, config: EngineConfig) -> Engine:
 
     engine = guarded(
         Engine(
-            capabilities=inner.capabilities - {"images"},
+            capabilities=inner.capabilities,
             start=start,
             generate=generate,
             begin_update=begin_update,
@@ -200,22 +193,23 @@ def _start_of(source: EngineSource, builder: str, config: EngineConfig) -> Start
         builder=builder,
         engine=json.dumps(attrs.asdict(config)),
         model=recipe_of(source.model),
-        tokenizer=None if source.tokenizer is None else _files_of(source.tokenizer),
+        tokenizer=None if source.tokenizer is None else _saved(source.tokenizer, "tokenizer"),
+        processor=None if source.processor is None else _saved(source.processor, "processor"),
         num_threads=torch.get_num_threads(),
         parent=0,
     )
 
 
-def _files_of(tokenizer: Tokenizer) -> dict[str, str]:
-    if not hasattr(tokenizer, "save_pretrained"):
+def _saved(what: Tokenizer | Processor, name: str) -> Saved:
+    if not hasattr(what, "save_pretrained"):
         raise UnsupportedError(
-            f"tokenizer={type(tokenizer).__name__} cannot be saved, so it does not travel to an engine in a process of "
+            f"{name}={type(what).__name__} cannot be saved, so it does not travel to an engine in a process of "
             "its own; use engine.process='trainer'."
         )
     with tempfile.TemporaryDirectory() as directory:
-        cast("SavesTokenizer", tokenizer).save_pretrained(directory)
-        files = [path for path in Path(directory).iterdir() if path.is_file()]
-        return {path.name: base64.b64encode(path.read_bytes()).decode() for path in files}
+        cast("SavesTokenizer", what).save_pretrained(directory)
+        files = {path.name: path.read_bytes() for path in Path(directory).iterdir() if path.is_file()}
+    return Saved(kind=f"{type(what).__module__}:{type(what).__qualname__}", files=files)
 
 
 def _start(state: ApartState, tensors: dict[str, torch.Tensor]) -> dict[str, int]:

@@ -18,7 +18,7 @@ from lightrft import errors
 from lightrft.backends.rollout.apart.memory import Placed
 from lightrft.backends.rollout.apart.recipe import Recipe
 from lightrft.errors import LightRFTError
-from lightrft.strategy.protocols.rollout import FinishReason, SamplingParams
+from lightrft.strategy.protocols.rollout import FinishReason, Prompt, SamplingParams
 
 __all__ = [
     "Answer",
@@ -27,6 +27,7 @@ __all__ = [
     "Failure",
     "Made",
     "Request",
+    "Saved",
     "Start",
     "failure_of",
     "raised_by",
@@ -48,6 +49,19 @@ _CHUNK = 2**20
 
 
 @attrs.frozen(kw_only=True)
+class Saved:
+    """A tokenizer or processor of transformers.
+
+    Attributes:
+        kind: its class, as `module:name`.
+        files: what it saves, by name.
+    """
+
+    kind: str
+    files: dict[str, bytes]
+
+
+@attrs.frozen(kw_only=True)
 class Start:
     """From what the engine is started.
 
@@ -55,7 +69,8 @@ class Start:
         builder: `module:name` of the function that builds the engine.
         engine: JSON of its settings.
         model: the model without its tensors.
-        tokenizer: files of the tokenizer by name, in base64; None where there is no tokenizer.
+        tokenizer: the tokenizer; None where there is none.
+        processor: the processor of images; None where there is none.
         num_threads: threads of torch.
         parent: number of the trainer's process; 0 where the thread that starts this one may end before it.
     """
@@ -63,7 +78,8 @@ class Start:
     builder: str
     engine: str
     model: Recipe
-    tokenizer: dict[str, str] | None
+    tokenizer: Saved | None
+    processor: Saved | None
     num_threads: int
     parent: int
 
@@ -90,13 +106,13 @@ class Request:
     call: Call
     start: Start | None = None
     bucket: Bucket | None = None
-    prompts: tuple[tuple[int, ...], ...] = ()
+    prompts: tuple[Prompt, ...] = ()
     sampling: SamplingParams | None = None
 
 
 @attrs.frozen(kw_only=True)
 class Made:
-    """A completion, but for its prompt and the version of the weights, which the trainer knows."""
+    """A completion, but for its prompt, and for the version of the weights, which the trainer knows."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -127,10 +143,12 @@ class Answer:
 
     Attributes:
         made: completions.
+        prompts: token ids of each prompt as the model read them.
         failure: what was raised instead.
     """
 
     made: tuple[Made, ...] = ()
+    prompts: tuple[tuple[int, ...], ...] = ()
     failure: Failure | None = None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import ctypes
 import json
 import math
@@ -22,11 +21,22 @@ import attrs
 import torch
 
 from lightrft.backends.rollout.apart.memory import Segment, free_segment, map_segment, read_bucket
-from lightrft.backends.rollout.apart.messages import Answer, Bucket, Made, Request, Start, failure_of, receive, send
+from lightrft.backends.rollout.apart.messages import (
+    Answer,
+    Bucket,
+    Made,
+    Request,
+    Saved,
+    Start,
+    failure_of,
+    receive,
+    send,
+)
 from lightrft.backends.rollout.apart.recipe import build_from
 from lightrft.config.sections import EngineConfig
 from lightrft.errors import ConfigError, EngineStateError, WeightSyncError
-from lightrft.strategy.protocols.rollout import BuildEngine, EngineHandle, EngineSource, Prompt, Tokenizer
+from lightrft.strategy.protocols.images import Processor
+from lightrft.strategy.protocols.rollout import BuildEngine, EngineHandle, EngineSource, Tokenizer
 
 __all__ = ["main", "serve"]
 
@@ -86,7 +96,7 @@ def serve(channel: socket.socket) -> None:
 
 def _answer(state: _State, request: Request) -> Answer:
     try:
-        return Answer(made=_made(state, request)) if request.call == "generate" else _done(state, request)
+        return _generated(state, request) if request.call == "generate" else _done(state, request)
     except Exception as error:  # noqa: BLE001 (the trainer raises it)
         return Answer(failure=failure_of(error))
 
@@ -128,9 +138,13 @@ def _start(state: _State, request: Request) -> None:
     config = EngineConfig(**json.loads(start.engine))
     model = build_from(start.model, state.tensors)
     state.tensors = {}
-    tokenizer = None if start.tokenizer is None else _tokenizer(start.tokenizer)
+    tokenizer, processor = (None if saved is None else _loaded(saved) for saved in (start.tokenizer, start.processor))
     engine = _builder(start.builder)(config)
-    state.handle = engine.start(EngineSource(model=model, tokenizer=tokenizer))
+    state.handle = engine.start(
+        EngineSource(
+            model=model, tokenizer=cast("Tokenizer | None", tokenizer), processor=cast("Processor | None", processor)
+        )
+    )
 
 
 def _begin_update(state: _State, request: Request) -> None:
@@ -146,20 +160,21 @@ def _put(state: _State, request: Request) -> None:
     handle.engine.put(handle, _finite(read_bucket(_segment(state, bucket), bucket.tensors)))
 
 
-def _made(state: _State, request: Request) -> tuple[Made, ...]:
+def _generated(state: _State, request: Request) -> Answer:
     handle = _handle(state)
     if request.sampling is None:
         raise EngineStateError("generate: the request has no sampling; send it.")
-    prompts = [Prompt(token_ids=token_ids) for token_ids in request.prompts]
-    return tuple(
+    completions = handle.engine.generate(handle, request.prompts, request.sampling)
+    made = tuple(
         Made(
             token_ids=completion.token_ids,
             logprobs=completion.logprobs,
             finish_reason=completion.finish_reason,
             sample_index=completion.sample_index,
         )
-        for completion in handle.engine.generate(handle, prompts, request.sampling)
+        for completion in completions
     )
+    return Answer(made=made, prompts=tuple(one.prompt_ids for one in completions[:: request.sampling.n]))
 
 
 def _finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -200,14 +215,13 @@ def _builder(name: str) -> BuildEngine:
         ) from error
 
 
-def _tokenizer(files: Mapping[str, str]) -> Tokenizer:
-    from transformers import AutoTokenizer
-
+def _loaded(saved: Saved) -> object:
+    module, _, own = saved.kind.partition(":")
+    from_pretrained: Callable[..., object] = getattr(import_module(module), own).from_pretrained
     with tempfile.TemporaryDirectory() as directory:
-        for name, content in files.items():
-            (Path(directory) / name).write_bytes(base64.b64decode(content))
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    return cast("Tokenizer", tokenizer)  # its methods take and return more types than the protocol's
+        for name, content in saved.files.items():
+            (Path(directory) / name).write_bytes(content)
+        return from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
 def _end_with_parent(file: int) -> None:

@@ -36,6 +36,7 @@ from lightrft.errors import (
     WeightSyncError,
 )
 from lightrft.strategy import Completion, EngineHandle, Prompt, SamplingParams, Strategy, StrategyConfig, get_strategy
+from lightrft.strategy.protocols.images import Image
 from lightrft.strategy.protocols.rollout import Engine, EngineSource, GatherAndGenerate
 from lightrft.weight_sync import transfer_weights
 
@@ -121,8 +122,9 @@ def test_the_contract_is_kept_from_afar(  # noqa: PLR0915 (starting an engine ta
     with pytest.raises(DataError, match=r"prompts\[1\]") as refused:
         engine.generate(handle, [PROMPTS[0], Prompt(token_ids=())], ECHO)
     assert "apart_programs.py" in str(refused.value.__cause__)
-    with pytest.raises(UnsupportedError, match=r"prompts\[1\] has images, which do not travel"):
-        engine.generate(handle, [PROMPTS[0], Prompt(token_ids=(1,), images=("image",))], ECHO)
+    image = Image(width=1, height=1, pixels=bytes(3))
+    with pytest.raises(UnsupportedError, match=r"prompts\[1\] has images and the engine 'scripted' takes text"):
+        engine.generate(handle, [PROMPTS[0], Prompt(token_ids=(1,), images=(image,))], ECHO)
 
     def spoilt(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         return {**right, name: tensor}

@@ -19,7 +19,8 @@ from lightrft.backends.rollout.apart.messages import (
     send,
 )
 from lightrft.errors import DataError, LightRFTError
-from lightrft.strategy.protocols.rollout import SamplingParams
+from lightrft.strategy.protocols.images import Image
+from lightrft.strategy.protocols.rollout import Prompt, SamplingParams
 
 
 @pytest.fixture
@@ -31,10 +32,10 @@ def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 def test_messages_arrive_whole_with_their_descriptors(ends: tuple[socket.socket, socket.socket]) -> None:
     """One after the other, one of them larger than the socket holds; a descriptor is the same file there."""
-    small = Request(
-        call="generate", prompts=((1, 2), (3,)), sampling=SamplingParams(temperature=0.7, n=3, seed=2**63 - 1)
-    )
-    large = Request(call="generate", prompts=(tuple(range(300_000)),))
+    image = Image(width=2, height=1, pixels=bytes([0, 255, 128, 1, 2, 3]))
+    prompts = (Prompt(token_ids=(1, 2), images=(image,)), Prompt(token_ids=(3,)))
+    small = Request(call="generate", prompts=prompts, sampling=SamplingParams(temperature=0.7, n=3, seed=2**63 - 1))
+    large = Request(call="generate", prompts=(Prompt(token_ids=tuple(range(300_000))),))
     reader, writer = os.pipe()
 
     def write() -> None:
@@ -58,9 +59,9 @@ def test_every_bit_of_a_logprob_arrives(ends: tuple[socket.socket, socket.socket
     """Also what is no number."""
     logprobs = (-0.1, -1e-300, -2 / 3, float("-inf"))
     made = Made(token_ids=(1, 2, 3, 4), logprobs=logprobs, finish_reason="stop", sample_index=1)
-    send(ends[0], Answer(made=(made,)))
-    answer, _ = receive(ends[1], Answer)
-    assert answer.made == (made,)
+    answer = Answer(made=(made,), prompts=((1, 2),))
+    send(ends[0], answer)
+    assert receive(ends[1], Answer) == (answer, [])
 
 
 def test_a_closed_end_is_said(ends: tuple[socket.socket, socket.socket]) -> None:

@@ -18,7 +18,7 @@ from lightrft.backends.rollout.apart.messages import Answer, Bucket, Request, St
 from lightrft.backends.rollout.apart.recipe import recipe_of, tensors_for
 from lightrft.backends.rollout.apart.worker import serve
 from lightrft.config.sections import EngineConfig
-from lightrft.strategy.protocols.rollout import SamplingParams
+from lightrft.strategy.protocols.rollout import Prompt, SamplingParams
 
 
 @pytest.fixture
@@ -60,6 +60,7 @@ def start_of(programs: ModuleType, model: torch.nn.Module, builder: str = "build
         engine=json.dumps(attrs.asdict(EngineConfig(type="scripted"))),
         model=recipe_of(model),
         tokenizer=None,
+        processor=None,
         num_threads=torch.get_num_threads(),
         parent=0,
     )
@@ -74,12 +75,14 @@ def failed(answer: Answer) -> str:
 def test_requests_are_answered_in_their_order(trainer: socket.socket, programs: ModuleType) -> None:
     """From the model to completions, through updates that fail and one that does not."""
     model = programs.build_tiny()
-    generate = Request(call="generate", prompts=((1, 2),), sampling=SamplingParams(max_new_tokens=2))
+    generate = Request(call="generate", prompts=(Prompt(token_ids=(1, 2)),), sampling=SamplingParams(max_new_tokens=2))
     assert failed(ask(trainer, generate)) == "EngineStateError: the engine has not started in its process; start it."
     assert ask(trainer, Request(call="prepare", start=start_of(programs, model))) == Answer()
     assert put(trainer, Request(call="fill"), tensors_for(model)) == Answer()
     assert ask(trainer, Request(call="start")) == Answer()
-    (made,) = ask(trainer, generate).made
+    answer = ask(trainer, generate)
+    assert answer.prompts == ((1, 2),)
+    (made,) = answer.made
     assert made.token_ids == (1, 2)
     assert failed(ask(trainer, Request(call="generate"))).startswith("EngineStateError: generate: the request has no")
 
