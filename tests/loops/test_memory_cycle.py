@@ -84,15 +84,19 @@ def test_what_a_run_computes_does_not_depend_on_turns(tmp_path: Path) -> None:
     assert results(with_turns) == results(without)
 
 
-@pytest.mark.parametrize("stop_at", [5, 6])
-def test_a_stop_in_a_rollout_saves_what_was_offloaded(tmp_path: Path, stop_at: int) -> None:
-    """Asked to stop while the learners are away, a run writes their values, and goes on to the same bits."""
+@pytest.mark.parametrize(("stop_at", "step"), [(10, 4), (12, 5)])
+def test_a_stop_in_a_rollout_saves_what_was_offloaded(tmp_path: Path, stop_at: int, step: int) -> None:
+    """Asked to stop in a rollout or an evaluation, with the learners away, a run saves their values and goes on."""
     base = tiny_config(tmp_path, kl_coef=0.1)
-    base = attrs.evolve(base, engine=attrs.evolve(base.engine, batch_size=8))
+    base = attrs.evolve(
+        base,
+        engine=attrs.evolve(base.engine, batch_size=4),  # four batches a rollout, two an evaluation
+        checkpoint=attrs.evolve(base.checkpoint, save_every=0),
+    )
     whole = taking_turns(in_dir(base, tmp_path / "whole"), is_on=False)
     halves = taking_turns(in_dir(base, tmp_path / "halves"), is_on=True)
     run(get_strategy(whole), whole)
-    with pytest.raises(InterruptedRunError):
+    with pytest.raises(InterruptedRunError, match=f"stopped after step {step} "):
         run(with_far_memory(get_strategy(halves)), halves, stop_at=stop_at)
     run(with_far_memory(get_strategy(halves)), halves)
     assert results(halves) == results(whole)
