@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from vllm_ranks_program import CASE, ENGINE, PROMPTS, SAMPLING
+from ranks_program import CASE, PROMPTS, SAMPLING, engine_of
 
 from lightrft.backends.rollout.vllm_package import require_vllm
 from lightrft.errors import MissingPackageError
@@ -25,12 +25,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 def test_each_rank_of_sharded_training_has_its_engine(tmp_path: Path) -> None:
     """Under fsdp2 on two ranks completions are those of one process, and logprobs the trainer's after every sync."""
-    program = Path(__file__).with_name("vllm_ranks_program.py")
+    program = Path(__file__).with_name("ranks_program.py")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*launcher, str(program), str(tmp_path)], check=True, timeout=240)  # noqa: S603 (our own program)
+    subprocess.run([*launcher, str(program), str(tmp_path), "vllm"], check=True, timeout=240)  # noqa: S603 (our own program)
     seen = [json.loads((tmp_path / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
     strategy = get_strategy(StrategyConfig(strategy="single"))
-    with strategy.setup_inference_engine(ENGINE, actor=build_policy(CASE)) as engine:
+    with strategy.setup_inference_engine(engine_of("vllm"), actor=build_policy(CASE)) as engine:
         whole = strategy.gather_and_generate(engine, [Prompt(token_ids=ids) for ids in PROMPTS], SAMPLING)
     assert [tuple(ids) for rank in seen for ids in rank["made"]] == [completion.token_ids for completion in whole]
     assert max(difference for rank in seen for difference in rank["differences"]) < 1e-5

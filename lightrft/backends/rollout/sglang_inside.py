@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -87,11 +88,6 @@ def start_inside(
             "engine='sglang' runs in this process already and its groups are of the whole process; close it."
         )
     owns_group, requests = not dist.is_initialized(), cast("list[Request]", [])
-    if not owns_group and dist.get_world_size() > 1:
-        raise UnsupportedError(
-            f"world_size={dist.get_world_size()} and the engine 'sglang' runs in a process that trains alone; use the "
-            "engine 'hf' or 'vllm'."
-        )
     num_tokens = _cache_tokens(model, context, cache_bytes)
     with undisturbed(), tempfile.TemporaryDirectory() as directory:
         _write_config(model, directory)
@@ -103,7 +99,8 @@ def start_inside(
             package.runtime_context.publish(
                 args, role="scheduler", ranks=package.runtime_context.SpawnRanks(world_rank=0, gpu_id=0)
             )
-            scheduler = cast("Scheduler", _guest(package, requests)(args, _no_ports(package)))
+            with _alone(package):
+                scheduler = cast("Scheduler", _guest(package, requests)(args, _no_ports(package)))
         except Exception as error:
             _leave(package, owns_group=owns_group)
             said = " ".join(str(error).split())[:300]
@@ -114,6 +111,36 @@ def start_inside(
     runner = scheduler.tp_worker.model_runner
     runner.sampler = own_sampler(package)  # there is a name for samplers of others, and on a CPU it is not heeded
     return Inside(package=package, scheduler=scheduler, model=runner.model, requests=requests, owns_group=owns_group)
+
+
+@contextmanager
+def _alone(package: Sglang) -> Generator[None]:
+    """Make SGLang's groups of this rank alone: it takes all ranks that there are for its own."""
+    kind, initialize = package.parallel_state.GroupCoordinator, package.bootstrap.initialize_model_parallel
+
+    def init_coordinator(coordinator: object, **settings: object) -> None:
+        kind.__init__(coordinator, **{**settings, "group_ranks": [[dist.get_rank()]], "recovered_rank": False})
+
+    def initialize_alone(**settings: object) -> None:
+        initialize(**{**settings, "recovered_rank": True})  # or else it counts the ranks
+
+    def keep(data: list[object], *args: object, **kwargs: object) -> list[object]:
+        del args, kwargs
+        return data
+
+    replaced: list[tuple[object, str, object]] = [
+        (package.parallel_state, "GroupCoordinator", type("GroupOfOne", (kind,), {"__init__": init_coordinator})),
+        (package.bootstrap, "initialize_model_parallel", initialize_alone),
+        (package.tp_worker, "broadcast_pyobj", keep),  # of a seed, from a rank that another one may have
+    ]
+    before = [getattr(module, name) for module, name, _ in replaced]
+    try:
+        for module, name, own in replaced:
+            setattr(module, name, own)
+        yield
+    finally:
+        for (module, name, _), theirs in zip(replaced, before, strict=True):
+            setattr(module, name, theirs)
 
 
 def _cache_tokens(model: PreTrainedModel, context: int | None, cache_bytes: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -14,6 +14,9 @@ from lightrft.backends.rollout.sglang_package import Answer
 from lightrft.errors import WeightSyncError
 
 __all__ = ["begin_load", "end_load", "load"]
+
+_EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""What transformers holds as one tensor for all experts of a layer, and the names of its rows for one expert."""
 
 
 def begin_load(inside: Inside) -> None:
@@ -42,7 +45,19 @@ def load(inside: Inside, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     assert inside.reached is not None  # noqa: S101 (the life cycle of engines allows no other order)
     with torch.no_grad(), _watched(inside.model, inside.reached, inside.package.weight_utils.default_weight_loader):
         # not its update_weights_from_tensor, which reads pickles and replaces functions of torch
-        cast("Any", inside.model).load_weights(tensors)
+        cast("Any", inside.model).load_weights(_one_by_one(tensors))
+
+
+def _one_by_one(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors with the experts of a mixture each under its own name, which SGLang's loaders know."""
+    for name, tensor in tensors:
+        prefix, experts, part = name.partition(".experts.")
+        if not experts or part not in _EXPERT_PARTS or tensor.dim() != 3:
+            yield name, tensor
+            continue
+        for number, expert in enumerate(tensor):
+            for own, piece in zip(_EXPERT_PARTS[part], expert.chunk(len(_EXPERT_PARTS[part])), strict=True):
+                yield f"{prefix}.experts.{number}.{own}.weight", piece
 
 
 def end_load(inside: Inside) -> list[str]:

@@ -182,6 +182,7 @@ class Scheduler(Protocol):
 class Sglang:
     """The modules of SGLang that are used."""
 
+    bootstrap: ModuleType
     io_struct: ModuleType
     parallel_state: ModuleType
     runtime_context: ModuleType
@@ -189,6 +190,7 @@ class Sglang:
     sampling_params: ModuleType
     scheduler: ModuleType
     server_args: ModuleType
+    tp_worker: ModuleType
     weight_utils: ModuleType
 
 
@@ -231,6 +233,7 @@ def import_sglang() -> Sglang:
         try:
             platform = import_module("sglang.srt.platforms").current_platform  # looked for when it is first asked for
             package = Sglang(
+                bootstrap=import_module("sglang.srt.distributed.bootstrap"),
                 io_struct=import_module("sglang.srt.managers.io_struct"),
                 parallel_state=import_module("sglang.srt.distributed.parallel_state"),
                 runtime_context=import_module("sglang.srt.runtime_context"),
@@ -238,6 +241,7 @@ def import_sglang() -> Sglang:
                 sampling_params=import_module("sglang.srt.sampling.sampling_params"),
                 scheduler=import_module("sglang.srt.managers.scheduler"),
                 server_args=import_module("sglang.srt.server_args"),
+                tp_worker=import_module("sglang.srt.managers.tp_worker"),
                 weight_utils=import_module("sglang.srt.model_loader.weight_utils"),
             )
         except Exception as error:  # of one of the hundred packages below it

@@ -1,4 +1,4 @@
-"""What a rank of `test_vllm_ranks` does: generate, then train and sync in turn, each beside the other rank."""
+"""What a rank of `test_vllm_ranks` and `test_sglang_ranks` does: generate, train and sync, beside the other rank."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ PROMPTS = ((1, 2, 3), (4,), (5, 6))
 FIRST_OF_RANK = (0, 2, 3)
 SAMPLING = SamplingParams(temperature=0.8, max_new_tokens=6, n=2, seed=3)
 CASE = PolicyCase(tied=True, num_layers=2, seed=1)
-ENGINE = EngineConfig(type="vllm", cache_gb=0.01, batch_size=8)
 
 
-def run(directory: Path) -> None:
+def engine_of(kind: str) -> EngineConfig:
+    """Return the settings of an engine."""
+    return EngineConfig(type=kind, cache_gb=0.01, batch_size=8)
+
+
+def run(directory: Path, kind: str) -> None:
     """Write what this rank saw into a directory."""
     strategy = get_strategy(StrategyConfig(strategy="fsdp2", micro_train_batch_size=1, train_batch_size=2))
     strategy.setup_distributed()
@@ -31,7 +35,7 @@ def run(directory: Path) -> None:
     model, optimizer, _ = trainable
     mine = [Prompt(token_ids=ids) for ids in PROMPTS[FIRST_OF_RANK[rank] : FIRST_OF_RANK[rank + 1]]]
     differences: list[float] = []
-    with strategy.setup_inference_engine(ENGINE, actor=model) as engine:
+    with strategy.setup_inference_engine(engine_of(kind), actor=model) as engine:
         made = strategy.gather_and_generate(engine, mine, SAMPLING)
         for step in range(5):
             ids = torch.randint(0, 13, (1, 12), generator=torch.Generator().manual_seed(2 * step + rank))
@@ -50,4 +54,4 @@ def run(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]))
+    run(Path(sys.argv[1]), sys.argv[2])
