@@ -2,16 +2,15 @@
 
 SGLang's own engine starts two more processes, speaks with them in pickles over sockets, and when one of them dies it
 kills the process that asked. Here its scheduler runs in the process that asks, one step after the other: no process, no
-socket, no pickle. Here, in `sglang_requests`, `sglang_sampler` and `sglang_load` is all that leans on what SGLang does
-not promise.
+socket, no pickle. Here and in `sglang_groups`, `sglang_requests`, `sglang_sampler` and `sglang_load` is all that leans
+on what SGLang does not promise.
 """
 
 from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import HashStore  # under `torch.distributed` it is not exported to type checkers
 
+from lightrft.backends.rollout.sglang_groups import alone, leave
 from lightrft.backends.rollout.sglang_package import Request, Scheduler, Sglang, undisturbed
 from lightrft.backends.rollout.sglang_sampler import own_sampler
 from lightrft.errors import ConfigError, EngineStateError, UnsupportedError
@@ -99,10 +99,10 @@ def start_inside(
             package.runtime_context.publish(
                 args, role="scheduler", ranks=package.runtime_context.SpawnRanks(world_rank=0, gpu_id=0)
             )
-            with _alone(package):
+            with alone(package):
                 scheduler = cast("Scheduler", _guest(package, requests)(args, _no_ports(package)))
         except Exception as error:
-            _leave(package, owns_group=owns_group)
+            leave(package, owns_group=owns_group)
             said = " ".join(str(error).split())[:300]
             raise UnsupportedError(
                 f"model={type(model).__name__} does not start in SGLang ({said}); use the engine 'hf', or another "
@@ -111,36 +111,6 @@ def start_inside(
     runner = scheduler.tp_worker.model_runner
     runner.sampler = own_sampler(package)  # there is a name for samplers of others, and on a CPU it is not heeded
     return Inside(package=package, scheduler=scheduler, model=runner.model, requests=requests, owns_group=owns_group)
-
-
-@contextmanager
-def _alone(package: Sglang) -> Generator[None]:
-    """Make SGLang's groups of this rank alone: it takes all ranks that there are for its own."""
-    kind, initialize = package.parallel_state.GroupCoordinator, package.bootstrap.initialize_model_parallel
-
-    def init_coordinator(coordinator: object, **settings: object) -> None:
-        kind.__init__(coordinator, **{**settings, "group_ranks": [[dist.get_rank()]], "recovered_rank": False})
-
-    def initialize_alone(**settings: object) -> None:
-        initialize(**{**settings, "recovered_rank": True})  # or else it counts the ranks
-
-    def keep(data: list[object], *args: object, **kwargs: object) -> list[object]:
-        del args, kwargs
-        return data
-
-    replaced: list[tuple[object, str, object]] = [
-        (package.parallel_state, "GroupCoordinator", type("GroupOfOne", (kind,), {"__init__": init_coordinator})),
-        (package.bootstrap, "initialize_model_parallel", initialize_alone),
-        (package.tp_worker, "broadcast_pyobj", keep),  # of a seed, from a rank that another one may have
-    ]
-    before = [getattr(module, name) for module, name, _ in replaced]
-    try:
-        for module, name, own in replaced:
-            setattr(module, name, own)
-        yield
-    finally:
-        for (module, name, _), theirs in zip(replaced, before, strict=True):
-            setattr(module, name, theirs)
 
 
 def _cache_tokens(model: PreTrainedModel, context: int | None, cache_bytes: int) -> int:
@@ -310,18 +280,4 @@ def stop_inside(inside: Inside) -> None:
     """
     with undisturbed():
         inside.scheduler.release_host_resources()
-        _leave(inside.package, owns_group=inside.owns_group)
-
-
-def _leave(package: Sglang, *, owns_group: bool) -> None:
-    state = cast("Any", package.parallel_state)
-    if state._SELF_PP is not None:  # noqa: SLF001 (SGLang forgets this group)
-        state._SELF_PP.destroy()  # noqa: SLF001
-        state._SELF_PP = None  # noqa: SLF001
-    state.destroy_model_parallel()
-    if owns_group:
-        state.destroy_distributed_environment()
-    elif state._WORLD is not None:  # noqa: SLF001 (the public way destroys the default group, too)
-        state._WORLD.destroy()  # noqa: SLF001
-        state._WORLD = None  # noqa: SLF001
-    package.runtime_context.reset_context()
+        leave(inside.package, owns_group=inside.owns_group)
