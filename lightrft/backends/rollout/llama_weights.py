@@ -129,7 +129,7 @@ def _joined(parameters: Sequence[nn.Parameter], num_rotary: int, shape: ModelSha
     is_joined = last.untyped_storage().nbytes() == shape_OI[0] * shape_OI[1] * last.element_size() and [
         parameter.untyped_storage().data_ptr() == last.untyped_storage().data_ptr() for parameter in parameters
     ] == [place >= num_rotary for place in range(len(parameters))]
-    joined_OI = (
+    joined_OI: torch.Tensor = (
         last.new_empty(0).set_(last.untyped_storage(), 0, shape_OI, (shape_OI[1], 1))
         if is_joined
         else last.new_empty(shape_OI)
