@@ -129,12 +129,12 @@ def _joined(parameters: Sequence[nn.Parameter], num_rotary: int, shape: ModelSha
     is_joined = last.untyped_storage().nbytes() == shape_OI[0] * shape_OI[1] * last.element_size() and [
         parameter.untyped_storage().data_ptr() == last.untyped_storage().data_ptr() for parameter in parameters
     ] == [place >= num_rotary for place in range(len(parameters))]
-    joined_OI: torch.Tensor = (
+    joined_OI = (
         last.new_empty(0).set_(last.untyped_storage(), 0, shape_OI, (shape_OI[1], 1))
         if is_joined
         else last.new_empty(shape_OI)
     )
-    for place, (part, parameter) in enumerate(zip(joined_OI.split(sizes), parameters, strict=True)):
+    for place, (part, parameter) in enumerate(zip(torch.split(joined_OI, sizes), parameters, strict=True)):
         if place < num_rotary:
             _write_rotary_rows(part, parameter.detach(), shape)
         elif not is_joined:
