@@ -33,6 +33,7 @@ def transfer_weights(tensors: Iterable[tuple[str, torch.Tensor]], handle: Engine
             engine.put(handle, bucket)
             num_tensors += len(bucket)
             num_bytes += sum(tensor.nbytes for _, tensor in bucket)
+            del bucket  # or it would be in memory while the next one is gathered
     except BaseException:
         engine.abort(handle)
         raise

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator
+from functools import partial
 
+import attrs
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,7 +22,7 @@ from lightrft.models.tokenizer import build_character_tokenizer
 from lightrft.strategy import get_strategy
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.protocols.rollout import BuildEngine, EngineHandle, EngineSource, Prompt, Rollout, SamplingParams
-from lightrft.weight_sync import in_buckets, probe_difference, transfer_weights
+from lightrft.weight_sync import BUCKET_BYTES, in_buckets, probe_difference, transfer, transfer_weights
 
 
 def tiny_model(seed: int) -> nn.Module:
@@ -64,6 +67,58 @@ def test_a_transfer_counts_and_arrives() -> None:
     assert (count, num_bytes) == (3, 4 * (32 * 8 + 32 * 8 + 32))
     assert handle.weight_version == 1
     assert probe_difference(handle, trainer) < 1e-5
+
+
+def counting(handle: EngineHandle, calls: list[int]) -> EngineHandle:
+    """Return the handle with the number of tensors of each call of `put` noted."""
+    inner = handle.engine
+
+    def put(handle: EngineHandle, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        bucket = list(tensors)
+        calls.append(len(bucket))
+        inner.put(handle, bucket)
+
+    handle.engine = attrs.evolve(inner, put=put)
+    return handle
+
+
+@pytest.mark.parametrize("num_layers", [4, 64])
+def test_calls_grow_with_bytes_and_not_with_tensors(num_layers: int) -> None:
+    """The same bytes in sixteen times as many tensors take as many calls."""
+    rows = 2**16 // num_layers
+    trainer = nn.Sequential(*(nn.Linear(256, rows, bias=False) for _ in range(num_layers)))
+    assert sum(tensor.nbytes for tensor in trainer.state_dict().values()) == BUCKET_BYTES
+    calls: list[int] = []
+    transfer_weights(trainer.state_dict().items(), counting(start(trainer), calls))
+    assert calls == [num_layers]
+    calls.clear()
+    larger = nn.Sequential(trainer, nn.Linear(256, 4))
+    transfer_weights(larger.state_dict().items(), counting(start(larger), calls))
+    assert calls == [num_layers, 2]
+
+
+def test_a_stream_is_held_a_bucket_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the trainer gathered is let go of: one bucket of the stream is alive, and the tensor that comes next."""
+    bucket_bytes, tensor_bytes = 4096, 1024
+    monkeypatch.setattr(transfer, "in_buckets", partial(in_buckets, bucket_bytes=bucket_bytes))
+    trainer = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(40)))
+    handle, alive, most = start(trainer), [0], [0]
+
+    def gathered() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in trainer.state_dict().items():
+            tensor = parameter.clone()
+            assert tensor.nbytes == tensor_bytes
+            alive[0] += 1
+            weakref.finalize(tensor.untyped_storage(), forget)
+            most[0] = max(most[0], alive[0])
+            yield name, tensor
+            del tensor
+
+    def forget() -> None:
+        alive[0] -= 1
+
+    transfer_weights(gathered(), handle)
+    assert most[0] * tensor_bytes == bucket_bytes + tensor_bytes
 
 
 def test_an_error_while_streaming_tears_the_engine() -> None:
