@@ -127,11 +127,12 @@ test-sglang: $(SGLANG_READY)
 	$(SGLANG_VENV)/bin/python -m pytest tests/engines -p no:cacheprovider
 	$(SGLANG_VENV)/bin/lightrft conformance sglang cache_gb=0.01 --max-examples 3
 
-bench: $(READY) $(TRL_READY)
+bench: $(READY) $(TRL_READY) $(VLLM_READY)
 	$(BIN)/python benchmarks/overhead.py --write
 	$(BIN)/python benchmarks/parity.py --steps 20 --world-sizes 1 2 3 4 --write
 	$(BIN)/python benchmarks/sharded_step.py --write
 	$(BIN)/python benchmarks/checkpoint.py --write
+	$(VLLM_VENV)/bin/python benchmarks/weight_sync.py --write
 	$(TRL_VENV)/bin/python benchmarks/logprob.py --write
 	$(TRL_VENV)/bin/python benchmarks/versus_trl.py --write
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lightrft.cli.trial import take_step, tiny_actor, tiny_strategy
 from lightrft.errors import EngineStateError
 from lightrft.strategy.protocols.rollout import EngineStatus, Prompt, SamplingParams
-from lightrft.weight_sync import PROBE_BOUNDS, probe_difference
+from lightrft.weight_sync import PROBE_BOUNDS, probe_engine
 
 if TYPE_CHECKING:
     from lightrft.config import EngineConfig
@@ -80,12 +80,12 @@ def _generated(made: Sequence[Completion]) -> str:
 def _changed(strategy: Strategy, engine: EngineHandle, actor: Trainable) -> float:
     """Return how far the engine is from a model that was trained on, so that a sync that does nothing is found."""
     take_step(strategy, actor)
-    difference = probe_difference(engine, actor.model)
-    if difference <= _bound(actor):
+    found = probe_engine(engine, actor.model)
+    if found.difference <= _bound(actor) * found.scale:
         raise RuntimeError(
-            f"the engine agrees with new weights that it was not given (a difference of {difference:.1g})"
+            f"the engine agrees with new weights that it was not given (a difference of {found.difference:.1g})"
         )
-    return difference
+    return found.difference
 
 
 def _synced(strategy: Strategy, engine: EngineHandle, actor: Trainable) -> str:
@@ -94,10 +94,11 @@ def _synced(strategy: Strategy, engine: EngineHandle, actor: Trainable) -> str:
 
 
 def _verified(engine: EngineHandle, actor: Trainable, *, before: float) -> str:
-    difference = probe_difference(engine, actor.model)
-    if difference > _bound(actor):
-        raise RuntimeError(f"a logprob is {difference:.2g} nats from the trainer's (bound {_bound(actor):g})")
-    return f"logprobs within {difference:.1g} nats of the trainer's; {before:.1g} before the sync"
+    found = probe_engine(engine, actor.model)
+    bound = _bound(actor) * found.scale
+    if found.difference > bound:
+        raise RuntimeError(f"a logprob is {found.difference:.2g} nats from the trainer's (bound {bound:.2g})")
+    return f"logprobs within {found.difference:.1g} nats of the trainer's; {before:.1g} before the sync"
 
 
 def _slept(strategy: Strategy, engine: EngineHandle) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import attrs
 import torch
 
 from lightrft.models.context import context_size, known_vocabulary_size
@@ -19,19 +20,34 @@ if TYPE_CHECKING:
 
     from lightrft.strategy.protocols.rollout import Completion, EngineHandle
 
-__all__ = ["PROBE_BOUNDS", "probe_difference"]
+__all__ = ["PROBE_BOUNDS", "Probe", "probe_difference", "probe_engine"]
 
-PROBE_BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-"""Largest difference of a logprob, in nats, by the dtype of the computation. Right engines differ by 5e-7 to 1e-5 in
-float32 and up to 1e-2 in bfloat16 (24 and 8 bits of mantissa, summed over layers); one matrix that did not arrive shows
-as 0.1 to 2."""
+PROBE_BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 0.004}
+"""Largest difference of a logprob, in nats, for logits of at most 1, by the dtype of the computation.
+
+What rounding does to a logprob grows with the logits. Between right engines it was at most 1.3e-6 of the largest logit
+in float32 and 4.6e-3 in bfloat16, over Qwen3 of 2 to 24 layers, 64 to 256 wide, with logits of 1 to 37. One matrix that
+did not arrive shows as 0.1 to 2 nats. float16 has 3 bits more than bfloat16."""
 
 _PROMPT_TOKENS = 8
 _NEW_TOKENS = 4
 
 
-def probe_difference(handle: EngineHandle, model: nn.Module) -> float:
-    """Return the largest absolute difference, in nats, between engine and trainer over short greedy completions.
+@attrs.frozen(kw_only=True)
+class Probe:
+    """What a probe found.
+
+    Attributes:
+        difference: the largest absolute difference, in nats, between engine and trainer.
+        scale: the trainer's largest logit, and at least 1: what `PROBE_BOUNDS` are multiplied with.
+    """
+
+    difference: float
+    scale: float
+
+
+def probe_engine(handle: EngineHandle, model: nn.Module) -> Probe:
+    """Return how far engine and trainer are from one another over short greedy completions.
 
     One prompt is spread over the vocabulary, so that rows of the embedding far apart are seen; another one has an image
     where the engine takes images and the model's context has room for one. The modes of the model's modules stay as
@@ -53,8 +69,18 @@ def probe_difference(handle: EngineHandle, model: nn.Module) -> float:
         if context_size(model) is None or len(seeing.token_ids) + new_tokens <= room:
             prompts, read = [*prompts, sees], [*read, seeing]
     made = handle.engine.generate(handle, prompts, SamplingParams(temperature=0.0, max_new_tokens=new_tokens))
-    differences = [_difference(model, prompt, completion) for prompt, completion in zip(read, made, strict=True)]
-    return max(differences)
+    found = [_compare(model, prompt, completion) for prompt, completion in zip(read, made, strict=True)]
+    return Probe(difference=max(one.difference for one in found), scale=max(one.scale for one in found))
+
+
+def probe_difference(handle: EngineHandle, model: nn.Module) -> float:
+    """Return the largest absolute difference, in nats, that a probe finds between engine and trainer.
+
+    Args:
+        handle: an engine that is awake.
+        model: the prepared model, as for `probe_engine`.
+    """
+    return probe_engine(handle, model).difference
 
 
 def _spread(handle: EngineHandle, model: nn.Module, length: int) -> tuple[int, ...]:
@@ -71,13 +97,19 @@ def _image() -> Image:
     return Image(width=32, height=32, pixels=pixels)
 
 
-def _difference(model: nn.Module, prompt: ModelPrompt, completion: Completion) -> float:
+def _compare(model: nn.Module, prompt: ModelPrompt, completion: Completion) -> Probe:
     if completion.prompt_ids != prompt.token_ids:
-        return float("inf")  # the engine read another prompt than the trainer would
-    logprobs_T = _trainer_logprobs(model, prompt, completion)
+        return Probe(difference=float("inf"), scale=1.0)  # the engine read another prompt than the trainer would
+    logits_TV = _trainer_logits(model, prompt, completion)
+    targets_T = torch.tensor(completion.token_ids, device=logits_TV.device)
+    logprobs_T = torch.log_softmax(logits_TV, dim=-1).gather(-1, targets_T[:, None])[:, 0]
     engine_T = torch.tensor(completion.logprobs, dtype=torch.float64)
     difference = (logprobs_T.double().cpu() - engine_T).abs().max().item()
-    return difference if difference == difference else float("inf")  # noqa: PLR0124 (NaN is no agreement)
+    finite = logits_TV[logits_TV.isfinite()]
+    return Probe(
+        difference=difference if difference == difference else float("inf"),  # noqa: PLR0124 (NaN is no agreement)
+        scale=max(1.0, finite.abs().max().item() if len(finite) else 1.0),
+    )
 
 
 def _vocabulary_size(model: nn.Module) -> int:
@@ -90,7 +122,7 @@ def _vocabulary_size(model: nn.Module) -> int:
     return min(sizes, default=2)
 
 
-def _trainer_logprobs(model: nn.Module, prompt: ModelPrompt, completion: Completion) -> torch.Tensor:
+def _trainer_logits(model: nn.Module, prompt: ModelPrompt, completion: Completion) -> torch.Tensor:
     first = next(model.parameters())
     ids_T = torch.tensor(completion.prompt_ids + completion.token_ids, device=first.device)
     beside = inputs_beside([prompt], length=len(ids_T) - 1, side="right", like=first)
@@ -102,6 +134,5 @@ def _trainer_logprobs(model: nn.Module, prompt: ModelPrompt, completion: Complet
     finally:
         for module in training:  # one by one: parts of a model that trains may be in evaluation mode for good
             module.training = True
-    logits_TV = getattr(output, "logits", output)[0, -len(completion.token_ids) :].float()
-    targets_T = ids_T[-len(completion.token_ids) :]
-    return torch.log_softmax(logits_TV, dim=-1).gather(-1, targets_T[:, None])[:, 0]
+    logits_TV: torch.Tensor = getattr(output, "logits", output)[0, -len(completion.token_ids) :].float()
+    return logits_TV

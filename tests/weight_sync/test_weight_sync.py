@@ -22,7 +22,7 @@ from lightrft.models.tokenizer import build_character_tokenizer
 from lightrft.strategy import get_strategy
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.protocols.rollout import BuildEngine, EngineHandle, EngineSource, Prompt, Rollout, SamplingParams
-from lightrft.weight_sync import BUCKET_BYTES, in_buckets, probe_difference, transfer, transfer_weights
+from lightrft.weight_sync import BUCKET_BYTES, in_buckets, probe_difference, probe_engine, transfer, transfer_weights
 
 
 def tiny_model(seed: int) -> nn.Module:
@@ -165,6 +165,16 @@ def test_the_probe_fits_into_any_model(architecture: str, max_length: int) -> No
     strategy = get_strategy({"strategy": "single"})
     with strategy.setup_inference_engine(actor=trainer) as engine:
         assert strategy.update_engine_weights(engine, trainer).max_logprob_difference < 1e-4
+
+
+@pytest.mark.parametrize("factor", [0.1, 5.0])
+def test_the_scale_of_a_probe_is_the_largest_logit(factor: float) -> None:
+    """What a difference is held against grows with the logits, and never below that of a logit of 1."""
+    trainer = tiny_model(1)
+    with torch.no_grad():
+        trainer.get_submodule("1").get_parameter("weight").zero_()
+        trainer.get_submodule("1").get_parameter("bias").copy_(factor * torch.linspace(-1.0, 1.0, 32))
+    assert probe_engine(start(trainer), trainer).scale == pytest.approx(max(1.0, factor))
 
 
 class Positioned(nn.Module):

@@ -195,27 +195,27 @@ def _build_update(
         # both import torch, which building a strategy does not need
         import torch
 
-        from lightrft.weight_sync import PROBE_BOUNDS, probe_difference, transfer_weights
+        from lightrft.weight_sync import PROBE_BOUNDS, probe_engine, transfer_weights
 
         engine.weights = _weights_of(actor, named_tensors=named_tensors, unwrap_model=unwrap_model)
         num_tensors, num_bytes = transfer_weights(engine.weights(), engine)
         try:
-            difference = probe_difference(engine, actor)
+            found = probe_engine(engine, actor)
         except BaseException:
             engine.engine.abort(engine)  # what nobody could verify must not generate
             raise
-        bound = PROBE_BOUNDS[torch.bfloat16 if config.bf16 else torch.float32]
-        if difference > bound:
+        bound = PROBE_BOUNDS[torch.bfloat16 if config.bf16 else torch.float32] * found.scale
+        if found.difference > bound:
             engine.engine.abort(engine)
             raise WeightSyncError(
                 f"weight_version={engine.weight_version} does not hold the trainer's weights: a logprob is "
-                f"{difference:.3g} nats from the trainer's (bound {bound:.3g}); sync again."
+                f"{found.difference:.3g} nats from the trainer's (bound {bound:.3g}); sync again."
             )
         return SyncReport(
             weight_version=engine.weight_version,
             num_tensors=num_tensors,
             num_bytes=num_bytes,
-            max_logprob_difference=difference,
+            max_logprob_difference=found.difference,
         )
 
     return update_engine_weights

@@ -42,7 +42,7 @@ from lightrft.strategy.protocols.rollout import (
     Prompt,
     SamplingParams,
 )
-from lightrft.weight_sync import PROBE_BOUNDS, probe_difference
+from lightrft.weight_sync import PROBE_BOUNDS, probe_engine
 
 if TYPE_CHECKING:
     from torch import nn
@@ -186,11 +186,11 @@ def _start(package: Vllm, source: EngineSource, config: EngineConfig) -> _State:
 
 def _require_same(handle: EngineHandle, model: nn.Module) -> None:
     """Refuse a model that vLLM computes or loads otherwise, before anything is made of it."""
-    difference = probe_difference(handle, model)
-    if difference > PROBE_BOUNDS[next(model.parameters()).dtype]:
+    found = probe_engine(handle, model)
+    if found.difference > PROBE_BOUNDS[next(model.parameters()).dtype] * found.scale:
         raise UnsupportedError(
-            f"model={type(model).__name__} is another one in vLLM: a logprob is {difference:.3g} nats from that of its "
-            "own forward; use the engine 'hf'."
+            f"model={type(model).__name__} is another one in vLLM: a logprob is {found.difference:.3g} nats from that "
+            "of its own forward; use the engine 'hf'."
         )
 
 
