@@ -3,9 +3,11 @@
 A sync stands beside a memory copy of the same bytes, tensor by tensor, measured in one run with it. The model is a
 Qwen3 of 65 million parameters: 8 layers, 512 wide, 32,768 tokens, a head of its own. "sync" is `begin_update`, `put`
 and `commit`; "sync and probe" is what `update_engine_weights` does, and has in it what an engine makes of new weights
-when it first uses them. Beside it stand vLLM's own `reload_weights`, and one call per parameter, as TRL and OpenRLHF
-make them. A rollout is one call for 64 completions of 32 tokens, beside `vllm.LLM.generate` of the same engine and of
-one as vLLM starts it.
+when it first uses them. Neither has the packing of matrices in it, four to eight copies of the bytes, which the first
+long rollout after a sync pays; the rollouts measured here come after it. Beside a sync stand vLLM's own
+`reload_weights`, and one call per parameter, as TRL and OpenRLHF make them.
+A rollout is one call for 64 completions of 32 tokens, beside `vllm.LLM.generate` of the same engine and of one as vLLM
+starts it.
 
     python benchmarks/weight_sync.py [--engines hf vllm] [--rounds 15] [--write]
 
