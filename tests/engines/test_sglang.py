@@ -262,6 +262,10 @@ def surroundings() -> dict[str, object]:
     }
 
 
+def ports_of(process: psutil.Process) -> set[tuple[str, int]]:
+    return {(connection.laddr.ip, connection.laddr.port) for connection in process.net_connections()}
+
+
 def test_the_process_is_left_as_it_was(engines: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Starting, generating, syncing and closing leave environment, random streams, threads and ports as they were."""
     old, new = policy(), policy(seed=1)
@@ -270,10 +274,9 @@ def test_the_process_is_left_as_it_was(engines: ExitStack, tmp_path: Path, monke
     monkeypatch.setattr("tempfile.tempdir", None)
     strategy, process = get_strategy(StrategyConfig(strategy="single")), psutil.Process()
     gc.collect()  # what a test before this one left to be collected has ports
-    before, ports = surroundings(), set(process.net_connections())
+    before, ports = surroundings(), ports_of(process)
     handle = start(engines, old)
-    own = set(process.net_connections()) - ports
-    assert {connection.laddr.ip for connection in own} == {"127.0.0.1"}  # gloo's, of no fixed port
+    assert {ip for ip, _ in ports_of(process) - ports} == {"127.0.0.1"}  # gloo's, of no fixed port
     assert process.children(recursive=True) == []
     generate(handle, HOT)
     strategy.update_engine_weights(handle, new)
@@ -281,7 +284,7 @@ def test_the_process_is_left_as_it_was(engines: ExitStack, tmp_path: Path, monke
     weights = weakref.ref(handle.state.inside.model)  # type: ignore[attr-defined]
     handle.engine.close(handle)
     assert surroundings() == before
-    assert set(process.net_connections()) <= ports
+    assert ports_of(process) <= ports
     assert list(tmp_path.iterdir()) == []
     assert not dist.is_initialized()
     assert weights() is None

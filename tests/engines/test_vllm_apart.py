@@ -62,7 +62,7 @@ def pid_of(handle: EngineHandle) -> int:
 def test_it_is_mended_after_it_was_killed_and_leaves_nothing() -> None:
     """New weights arrive, sleep gives the cache back, and a killed one draws what it would have drawn."""
     model = policy(seed=1)
-    strategy = get_strategy({"strategy": "single"})
+    strategy, children = get_strategy({"strategy": "single"}), set(psutil.Process().children())
     with strategy.setup_inference_engine(ENGINE, actor=policy(seed=0)) as handle:
         assert strategy.update_engine_weights(handle, model).max_logprob_difference < 1e-4
         made = strategy.gather_and_generate(handle, PROMPTS, HOT)
@@ -76,7 +76,7 @@ def test_it_is_mended_after_it_was_killed_and_leaves_nothing() -> None:
         assert strategy.update_engine_weights(handle, model).weight_version == 2
         pids = [pid, pid_of(handle)]
     assert not any(psutil.pid_exists(pid) for pid in pids)
-    assert psutil.Process().children() == []
+    assert set(psutil.Process().children()) <= children
 
 
 def test_hf_draws_the_same_tokens_after_its_process_was_killed() -> None:
@@ -100,8 +100,8 @@ def test_hf_draws_the_same_tokens_after_its_process_was_killed() -> None:
 
 def test_what_it_refuses_it_refuses_from_afar() -> None:
     """A cache that does not hold one sequence is a setting of the user's, wherever the engine runs."""
-    strategy = get_strategy({"strategy": "single"})
+    strategy, children = get_strategy({"strategy": "single"}), set(psutil.Process().children())
     config = EngineConfig(type="vllm", process="own", cache_gb=1e-6)
     with pytest.raises(ConfigError, match="cache_gb=1e-06 does not suffice"):
         strategy.setup_inference_engine(config, actor=policy(seed=0))
-    assert psutil.Process().children() == []
+    assert set(psutil.Process().children()) <= children

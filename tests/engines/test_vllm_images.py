@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, cast
@@ -123,8 +124,8 @@ def test_an_image_that_was_seen_with_old_weights_is_seen_anew(
     strategy.update_engine_weights(handle, new)
     after = ask(handle, GREEDY)
     assert logprob_difference(after, new, GREEDY) < 1e-5
-    assert after[0].logprobs == before[0].logprobs
-    assert after[1].logprobs != before[1].logprobs
+    assert after[0].logprobs == pytest.approx(before[0].logprobs, abs=1e-5)  # text has no image to see anew
+    assert after[1].logprobs != pytest.approx(before[1].logprobs, abs=1e-3)
 
     def keep(inside: Inside) -> None:
         del inside
@@ -144,7 +145,10 @@ def test_asleep_and_closed_nothing_of_images_is_left(engines: ExitStack) -> None
     handle.engine.wake(handle)
     assert [c.token_ids for c in ask(handle, HOT)] == [c.token_ids for c in before]
     handle.engine.close(handle)
-    assert set(threading.enumerate()) <= threads
+    deadline = time.monotonic() + 60
+    while not set(threading.enumerate()) <= threads:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_without_a_processor_a_model_that_reads_images_makes_text(engines: ExitStack) -> None:

@@ -80,7 +80,7 @@ class _Pool:
 
 @contextmanager
 def processes(
-    subject: Subject, world_size: int, *, timeout: float = 30.0, spawn: SpawnRank = spawn_rank
+    subject: Subject, world_size: int, *, timeout: float = 90.0, spawn: SpawnRank = spawn_rank
 ) -> Generator[RunOnRanks]:
     """Yield what runs programs on ranks in processes of their own, over gloo; afterwards all of them are gone.
 
@@ -98,7 +98,7 @@ def processes(
         ConfigError: the subject is not found by its name, or a number makes no sense.
     """
     if world_size < 1 or not timeout > 0:
-        raise ConfigError(f"world_size={world_size!r} and timeout={timeout!r} must be positive; use 2 and 30.")
+        raise ConfigError(f"world_size={world_size!r} and timeout={timeout!r} must be positive; use 2 and 90.")
     with scratch_directory() as directory:
         pool = _Pool(
             # a program is given up before a collective of it would be, because the pool knows of all ranks

@@ -15,8 +15,8 @@ from lightrft.backends.collectives.simulated import run_simulated
 
 __all__ = ["StuckError", "watched"]
 
-LIMIT_SECONDS = 60.0
-"""How long a program of a law may take, which is a few milliseconds when all is well."""
+LIMIT_SECONDS = 120.0
+"""How long a program of a law may take: a few milliseconds when all is well, seconds where it starts an engine."""
 
 _NUM_FRAMES = 3
 """Innermost calls that are named; the last one of them is the strategy's, or close to it."""

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -64,8 +64,10 @@ def start(programs: ModuleType, faults: Path) -> Iterator[tuple[Strategy, Engine
 
 def held() -> set[str]:
     """Return what this process holds that an engine's process could have left: descriptors, memory, children."""
-    # the listing has a descriptor of its own, which is closed by then
-    files = {str(file.readlink()) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()}
+    files: set[str] = set()
+    for file in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the listing has a descriptor of its own, which is closed by then
+            files.add(str(file.readlink()))
     kinds = ("socket:", "pipe:", "/memfd:")
     maps = {line for line in Path("/proc/self/maps").read_text().splitlines() if "/memfd:lightrft" in line}
     children = {f"child {child.pid}" for child in psutil.Process().children()}

@@ -101,7 +101,7 @@ def test_memory_that_cannot_be_had_is_an_error_and_leaves_nothing(size: int) -> 
             new_segment(size)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert psutil.Process().num_fds() == files
+    assert psutil.Process().num_fds() <= files  # a pipe of a test before may be closed only now
     assert mapped() == []
 
 
