@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +10,6 @@ import attrs
 import torch
 
 from lightrft.backends.checkpointing.layout import checkpoint_path
-from lightrft.backends.copying import mark_copied
 from lightrft.config import StrategyConfig
 from lightrft.errors import CheckpointError
 from lightrft.strategy.protocols import BackgroundSaves
@@ -38,13 +36,11 @@ def _no_copy(strategy: Strategy, call: SaveCall, /) -> Path:
 
 def _unmarked(strategy: Strategy, call: SaveCall, /) -> Path:
     """Save as always, and let nothing wait for the copy."""
-    path, copied = do_save(strategy, call), threading.Event()
-    copied.set()
+    path = do_save(strategy, call)
     for model, optimizer, _ in parts_of(call).values():
-        for handle in (model, optimizer):
-            if handle is not None:
-                vars(handle).pop("_lightrft_copy", None)
-                mark_copied([handle], copied)
+        for marked in (model, optimizer, *(parameter.untyped_storage() for parameter in model.parameters())):
+            if marked is not None:
+                vars(marked).pop("_lightrft_copy", None)
     return path
 
 
