@@ -190,7 +190,9 @@ def require_something_held(
     missing = [_missing(law, size, claims) for size in world_sizes for law in laws if _is_told(law, size, claims)]
     if not all(missing):
         return
-    names = sorted({name for each in missing for name in each})
+    lacks = [frozenset(each) for each in missing]
+    # what keeps all of them from being held, if one thing does
+    names = sorted(frozenset[str]().union(*lacks[:1]).intersection(*lacks) or frozenset[str]().union(*lacks))
     sizes = f"{option}world{'-' if option else '_'}size"
     given = f"{sizes}={' '.join(map(str, world_sizes))}"
     reason = f"{' and '.join(map(repr, names))} is not claimed by {subject.name}"
