@@ -180,11 +180,15 @@ def learners_of(run: Run, state_of: Mapping[str, nn.Module | Trainable]) -> list
 
 
 def _failure_of_last(run: Run) -> str:
-    """Return in words why the last save in the background failed, so that it keeps no other from being tried."""
+    """Return in words why the last save in the background failed, so that it keeps no other from being tried.
+
+    Such a save may have been committed, and have failed in what came after that: what is there tells.
+    """
     try:
         if run.background is not None:
             run.background.wait()
     except CheckpointError as error:
+        run.last_save.step = run.strategy.latest_ckpt(checkpoint_dir(run.config))
         return f" Before that, {error}"
     return ""
 

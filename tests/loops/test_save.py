@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -351,3 +352,38 @@ def test_a_run_that_is_stopped_saves_after_a_save_that_failed(tmp_path: Path) ->
         with pytest.raises(InterruptedRunError, match=words):
             train(strategy, config, parts_of(config), should_stop=lambda: next(asked), background=failing)
     assert saved_steps(config) == [2, 3]
+
+
+@pytest.mark.parametrize("is_committed", [False, True])
+def test_a_stop_at_the_step_of_a_save_that_failed_leaves_its_checkpoint(tmp_path: Path, is_committed: bool) -> None:
+    """A rollout is stopped, and the state before it is that of the failed save, which may be committed."""
+    config = saving(in_batches(tmp_path), save_every=1)
+    strategy, num_saves = get_strategy(config), 0
+
+    def fail_last(save: Callable[[], None], /) -> None:
+        nonlocal num_saves
+        num_saves += 1
+        is_failing = num_saves == 7
+
+        def save_or_fail() -> None:
+            save()
+            if is_failing and not is_committed:
+                shutil.rmtree(max(checkpoint_dir(config).iterdir()))
+            if is_failing:
+                raise CheckpointError("the disk is full.")
+
+        background.start(save_or_fail)
+
+    with background_saves(strategy) as background:
+        failing = attrs.evolve(background, start=fail_last)
+        words = r"^SIGTERM: stopped after step 7 .* to go on\. Before that, the disk is full\.$"
+        with pytest.raises(InterruptedRunError, match=words):
+            train(
+                strategy,
+                config,
+                parts_of(config),
+                should_stop=lambda: "SIGTERM" if num_saves == 7 else None,
+                background=failing,
+            )
+    assert saved_steps(config)[-1] == 7
+    assert num_saves == (7 if is_committed else 8)
