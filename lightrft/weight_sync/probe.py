@@ -39,7 +39,8 @@ class Probe:
 
     Attributes:
         difference: the largest absolute difference, in nats, between engine and trainer.
-        scale: the trainer's largest logit, and at least 1: what `PROBE_BOUNDS` are multiplied with.
+        scale: the trainer's largest logit among those that make a logprob, and at least 1: what `PROBE_BOUNDS` are
+            multiplied with.
     """
 
     difference: float
@@ -105,11 +106,17 @@ def _compare(model: nn.Module, prompt: ModelPrompt, completion: Completion) -> P
     logprobs_T = torch.log_softmax(logits_TV, dim=-1).gather(-1, targets_T[:, None])[:, 0]
     engine_T = torch.tensor(completion.logprobs, dtype=torch.float64)
     difference = (logprobs_T.double().cpu() - engine_T).abs().max().item()
-    finite = logits_TV[logits_TV.isfinite()]
     return Probe(
         difference=difference if difference == difference else float("inf"),  # noqa: PLR0124 (NaN is no agreement)
-        scale=max(1.0, finite.abs().max().item() if len(finite) else 1.0),
+        scale=_scale(logits_TV, targets_T),
     )
+
+
+def _scale(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> float:
+    """Return the largest of the greatest logits and those of the targets; one that is masked has no share in it."""
+    entering = torch.stack([logits_TV.amax(dim=-1), logits_TV.gather(-1, targets_T[:, None])[:, 0]])
+    finite = entering[entering.isfinite()]
+    return max([1.0, *finite.abs().tolist()])
 
 
 def _vocabulary_size(model: nn.Module) -> int:

@@ -177,6 +177,17 @@ def test_the_scale_of_a_probe_is_the_largest_logit(factor: float) -> None:
     assert probe_engine(start(trainer), trainer).scale == pytest.approx(max(1.0, factor))
 
 
+@pytest.mark.parametrize("mask", [-1e9, torch.finfo(torch.float32).min, float("-inf")])
+def test_a_masked_token_has_no_share_in_the_scale(mask: float) -> None:
+    """A logit that no logprob feels would make the bound one that nothing exceeds."""
+    trainer = tiny_model(1)
+    with torch.no_grad():
+        trainer.get_submodule("1").get_parameter("weight").zero_()
+        trainer.get_submodule("1").get_parameter("bias").copy_(torch.linspace(1.0, 3.0, 32))
+        trainer.get_submodule("1").get_parameter("bias")[5] = mask
+    assert probe_engine(start(trainer), trainer).scale == pytest.approx(3.0)
+
+
 class Positioned(nn.Module):
     """A model with more positions than tokens, which does not say which embedding takes the tokens."""
 
