@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import functools
 import json
+import operator
 import os
 import socket
 import struct
@@ -29,10 +30,12 @@ __all__ = [
     "Request",
     "Saved",
     "Start",
+    "encode",
     "failure_of",
     "raised_by",
     "receive",
     "send",
+    "write",
 ]
 
 _Message = TypeVar("_Message")
@@ -160,7 +163,26 @@ def send(channel: socket.socket, message: Request | Answer, *files: int) -> None
         message: what to write.
         files: descriptors that go along.
     """
-    text = json.dumps(_converter().unstructure(message)).encode()
+    write(channel, encode(message), *files)
+
+
+def encode(message: Request | Answer) -> bytes:
+    """Return a message as `write` takes it.
+
+    Args:
+        message: what to write; its whole numbers may be NumPy's.
+    """
+    return json.dumps(_converter().unstructure(message), default=operator.index).encode()
+
+
+def write(channel: socket.socket, text: bytes, *files: int) -> None:
+    """Write a message that is encoded.
+
+    Args:
+        channel: a stream socket of this machine.
+        text: the message.
+        files: descriptors that go along.
+    """
     head = _LENGTH.pack(len(text))
     if files:
         socket.send_fds(channel, [head], files)

@@ -16,7 +16,7 @@ from typing import IO, cast
 
 import attrs
 
-from lightrft.backends.rollout.apart.messages import Answer, Request, raised_by, receive, send
+from lightrft.backends.rollout.apart.messages import Answer, Request, encode, raised_by, receive, write
 from lightrft.errors import EngineCrashError
 
 __all__ = ["EngineProcess", "ask", "await_answer", "end_process", "start_process", "tell"]
@@ -107,9 +107,10 @@ def tell(process: EngineProcess, request: Request, *files: int) -> None:
     Raises:
         EngineCrashError: the process has ended, or did not read in time and was ended.
     """
-    process.channel.settimeout(process.timeout)
+    text = encode(request)  # before anything is written: what cannot be encoded costs nothing
     try:
-        send(process.channel, request, *files)
+        process.channel.settimeout(process.timeout)
+        write(process.channel, text, *files)
     except TimeoutError:
         raise _crash(process, f"did not read a request for {_timeout_words(process)}") from None
     except OSError:

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -22,6 +23,7 @@ from torch import nn
 
 from lightrft.backends.collectives.simulated import build_collectives, run_simulated
 from lightrft.backends.rollout.apart import engine as apart_engine
+from lightrft.backends.rollout.apart import process as apart_process
 from lightrft.backends.rollout.apart.memory import Placed, Segment, write_bucket
 from lightrft.backends.rollout.apart.mending import mend
 from lightrft.backends.rollout.gathering import build_gather_and_generate
@@ -168,10 +170,21 @@ def test_the_contract_is_kept_from_afar(  # noqa: PLR0915 (starting an engine ta
     strategy.update_engine_weights(handle, programs.build_tiny())
     assert logprobs(engine.generate(handle, PROMPTS, ECHO)) == logprobs(before)
     assert handle.weight_version == 2
+    refuse_what_cannot_be_written(handle)
     require_few_messages(start, programs, monkeypatch)
     refuse_changed_weights(start, programs)
     engine.begin_update(handle)
     engine.put(handle, right.items())  # and so it is closed
+
+
+def refuse_what_cannot_be_written(handle: EngineHandle) -> None:
+    """A request that is not JSON costs nothing; token ids may be NumPy's."""
+    numbers = [Prompt(token_ids=tuple(np.array(prompt.token_ids))) for prompt in PROMPTS]
+    right = handle.engine.generate(handle, PROMPTS, ECHO)
+    assert handle.engine.generate(handle, numbers, ECHO) == right
+    with pytest.raises(TypeError):
+        handle.engine.generate(handle, [Prompt(token_ids=(object(),))], ECHO)  # type: ignore[arg-type]
+    assert handle.state.process.is_running
 
 
 def require_few_messages(
@@ -334,6 +347,30 @@ def test_an_engine_that_ends_between_put_and_commit_is_mended_by_the_next_update
     with pytest.raises(EngineCrashError, match="second time"):
         strategy.update_engine_weights(handle, model)
     assert held_memory() == []
+
+
+def test_an_engine_whose_request_was_interrupted_is_mended(
+    start: tuple[Strategy, EngineHandle], programs: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process is ended, since nobody knows what was written; whoever asks next is told, and it is mended."""
+    strategy, handle = start
+    model = programs.build_tiny(6)
+    strategy.update_engine_weights(handle, model)
+    with monkeypatch.context() as patch:
+        patch.setattr(apart_process, "write", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            handle.engine.generate(handle, PROMPTS, ECHO)
+    assert not handle.state.process.is_running
+    with pytest.raises(EngineCrashError, match="the process of the engine ended"):
+        transfer_weights(model.state_dict().items(), handle)
+    assert handle.status == "torn"
+    strategy.update_engine_weights(handle, model)
+    assert difference(strategy.gather_and_generate(handle, PROMPTS, ECHO), model) < 1e-5
+
+
+def interrupt(*args: object) -> None:
+    del args
+    raise KeyboardInterrupt
 
 
 def generate_locally(engine: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
