@@ -59,6 +59,7 @@ class ApartState:
         digests: of the weights of its version, by name.
         sent: of those that the update under way has brought.
         wanted: what `sent` must be at the commit; None takes any.
+        lost_by: what ended the process whose weights are wanted.
     """
 
     start: Start
@@ -71,6 +72,7 @@ class ApartState:
     digests: dict[str, int] = attrs.field(factory=dict[str, int])
     sent: dict[str, int] = attrs.field(factory=dict[str, int])
     wanted: dict[str, int] | None = None
+    lost_by: EngineCrashError | None = None
 
 
 def build_apart(build: BuildEngine, config: EngineConfig) -> Engine:
@@ -134,7 +136,7 @@ def build_apart(build: BuildEngine, config: EngineConfig) -> Engine:
         if state.wanted is not None and state.sent != state.wanted:
             raise EngineCrashError(
                 f"weight_version={handle.weight_version} is lost with the process of the engine, and the trainer has "
-                f"other weights by now; sync the engine. {state.crash}"
+                f"other weights by now; sync the engine. {state.lost_by}"
             )
         _call(handle, Request(call="commit"))
         state.digests = state.sent

@@ -66,9 +66,9 @@ def _send_again(handle: EngineHandle, stream: Iterable[tuple[str, torch.Tensor]]
     state, version = handle.state, handle.weight_version
     if handle.weights is None or not isinstance(state, ApartState):
         raise crash
-    state.wanted = state.digests
+    state.wanted, state.lost_by = state.digests, crash
     try:
         transfer_weights(stream, handle)
     finally:
-        state.wanted = None
+        state.wanted, state.lost_by = None, None
     handle.weight_version = version

@@ -229,7 +229,7 @@ def refuse_changed_weights(start: tuple[Strategy, EngineHandle], programs: Modul
     assert (handle.status, handle.weight_version) == ("awake", version)
     with torch.no_grad():
         model.head.bias[0] += 1e-7
-    words = f"weight_version={version} is lost .* and the trainer has other weights by now"
+    words = rf"weight_version={version} is lost .* and the trainer has other weights by now; sync the engine\. lost\.$"
     with pytest.raises(EngineCrashError, match=words):
         mend(handle, EngineCrashError("lost."))
     assert handle.status == "torn"
