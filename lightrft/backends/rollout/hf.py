@@ -91,6 +91,7 @@ def build_hf(config: EngineConfig) -> Engine:
 
     def sleep(handle: EngineHandle) -> None:
         state = _state(handle)
+        state.is_stale = True  # whatever comes of the rest
         state.generator.release()
         state.weights.model.to("cpu")
 

@@ -127,6 +127,21 @@ def test_sleep_and_wake_change_no_completion() -> None:
     assert handle.engine.generate(handle, PROMPTS, sampling) == before
 
 
+def test_a_sleep_that_fails_leaves_no_generator_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the generator had is released by then; it reads the weights again."""
+    handle = start(model_of(3))
+    sampling = SamplingParams(max_new_tokens=4, seed=1)
+    before = handle.engine.generate(handle, PROMPTS, sampling)
+
+    def fail(*args: object) -> None:
+        raise MemoryError(args)
+
+    monkeypatch.setattr(handle.state.weights.model, "to", fail)
+    with pytest.raises(MemoryError):
+        handle.engine.sleep(handle)
+    assert handle.engine.generate(handle, PROMPTS, sampling) == before
+
+
 def test_training_on_does_not_move_the_engine() -> None:
     """The engine's weights are its own: a change of the trainer's shows only after an update."""
     model = model_of(1)
