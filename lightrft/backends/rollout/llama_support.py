@@ -25,7 +25,7 @@ def explain_unsupported(model: PreTrainedModel) -> str | None:
     Args:
         model: any causal language model of transformers.
     """
-    return _explain_architecture(model) or _explain_config(model) or _explain_modules(model)
+    return _explain_architecture(model) or _explain_config(model) or _explain_modules(model) or _explain_sharing(model)
 
 
 def _explain_architecture(model: PreTrainedModel) -> str | None:
@@ -65,4 +65,14 @@ def _explain_modules(model: PreTrainedModel) -> str | None:
             return "lm_head has a bias, which no model of these families has"
         if vars(module)["_forward_hooks"] or vars(module)["_forward_pre_hooks"]:
             return f"{name or type(module).__name__} has forward hooks, which the fused decoder would skip"
+    return None
+
+
+def _explain_sharing(model: PreTrainedModel) -> str | None:
+    """Return which parameter below the layers has two names: joined with others, it would be in two places at once."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if other != name and "model.layers." in (name + other):
+            return f"{name} is {other}, and no other module may share what a layer has"
     return None

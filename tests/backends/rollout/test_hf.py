@@ -93,6 +93,34 @@ def test_after_a_sync_the_engine_is_the_trainer(tied: bool) -> None:
             assert tuple(expected[0, len(completion.prompt_ids) :].tolist()) == completion.token_ids
 
 
+def test_layers_that_share_a_weight_are_generated_with_as_transformers_does() -> None:
+    """Before a sync and after it: the value projection of one layer is that of the other."""
+
+    def shared(seed: int) -> PreTrainedModel:
+        model = model_of(seed)
+        first, second = (model.get_submodule(f"model.layers.{layer}.self_attn.v_proj") for layer in range(2))
+        second.weight = first.weight
+        return model
+
+    strategy = get_strategy(StrategyConfig(strategy="single"))
+    old, new = shared(1), shared(2)
+    with strategy.setup_inference_engine(EngineConfig(), actor=old) as engine:
+        for model in (old, new):
+            for made in strategy.gather_and_generate(engine, PROMPTS, SamplingParams(max_new_tokens=6, temperature=0)):
+                expected = model.generate(
+                    torch.tensor([made.prompt_ids]),
+                    max_new_tokens=6,
+                    do_sample=False,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                )
+                assert tuple(expected[0, len(made.prompt_ids) :].tolist()) == made.token_ids
+                own = logprobs_under(model, made.prompt_ids, made.token_ids, 1.0)
+                assert list(made.logprobs) == pytest.approx(own, abs=1e-5)
+            if model is old:
+                strategy.update_engine_weights(engine, new)
+
+
 @pytest.mark.parametrize("break_it", [lambda names: names[1:], lambda names: [*names, "no.such.weight"]])
 def test_a_sync_of_other_names_leaves_the_engine_torn(break_it: Callable[[list[str]], list[str]]) -> None:
     """Missing and unknown names raise, the engine refuses to generate, and a right sync mends it."""

@@ -96,3 +96,17 @@ def test_hooks_are_refused(tiny_model: BuildTinyModel) -> None:
     handle = model.register_forward_pre_hook(lambda *_: None)
     assert "Qwen3ForCausalLM has forward hooks" in str(explain_unsupported(model))
     handle.remove()
+
+
+def test_shared_weights_are_refused(tiny_model: BuildTinyModel) -> None:
+    """A parameter of two modules below the layers is named; a head that is the embedding is none of them."""
+    assert explain_unsupported(tiny_model("qwen3", tie_word_embeddings=True)) is None
+    model = tiny_model("qwen3")
+    layers = [model.get_submodule(f"model.layers.{layer}.self_attn.v_proj") for layer in range(2)]
+    layers[1].weight = layers[0].weight
+    words = "model.layers.1.self_attn.v_proj.weight is model.layers.0.self_attn.v_proj.weight"
+    assert words in str(explain_unsupported(model))
+    model = tiny_model("qwen3")
+    mlp = model.get_submodule("model.layers.1.mlp")
+    mlp.gate_proj = mlp.up_proj
+    assert "model.layers.1.mlp.up_proj.weight is model.layers.1.mlp.gate_proj.weight" in str(explain_unsupported(model))
