@@ -115,8 +115,7 @@ def _compare(model: nn.Module, prompt: ModelPrompt, completion: Completion) -> P
 def _scale(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> float:
     """Return the largest of the greatest logits and those of the targets; one that is masked has no share in it."""
     entering = torch.stack([logits_TV.amax(dim=-1), logits_TV.gather(-1, targets_T[:, None])[:, 0]])
-    finite = entering[entering.isfinite()]
-    return max([1.0, *finite.abs().tolist()])
+    return float(entering.abs().masked_fill(~entering.isfinite(), 1.0).amax().clamp(min=1.0).item())
 
 
 def _vocabulary_size(model: nn.Module) -> int:
