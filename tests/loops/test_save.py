@@ -137,9 +137,11 @@ def run(config: Config, parts: Parts | None = None, *, stop_at: int = 0, asked: 
         questions.append(len(rows_of(config)))
         return "SIGTERM" if len(questions) == stop_at else None
 
+    strategy = get_strategy(config)
+    strategy.setup_distributed()  # seeds, if this is the first run of this process; what comes now stays
     random.seed(len(rows_of(config)))  # a run that goes on has to find its own place in the stream
     tracker = build_file_tracker(config.run.dir)
-    return train(get_strategy(config), config, parts or drawing_parts(config), tracker=tracker, should_stop=should_stop)
+    return train(strategy, config, parts or drawing_parts(config), tracker=tracker, should_stop=should_stop)
 
 
 def rows_of(config: Config) -> list[dict[str, Json]]:
