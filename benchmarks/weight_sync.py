@@ -4,15 +4,20 @@ A sync stands beside a memory copy of the same bytes, tensor by tensor, measured
 Qwen3 of 65 million parameters: 8 layers, 512 wide, 32,768 tokens, a head of its own. "sync" is `begin_update`, `put`
 and `commit`; "sync and probe" is what `update_engine_weights` does, and has in it what an engine makes of new weights
 when it first uses them. Neither has the packing of matrices in it, four to eight copies of the bytes, which the first
-long rollout after a sync pays; the rollouts measured here come after it. Beside a sync stand vLLM's own
-`reload_weights`, and one call per parameter, as TRL and OpenRLHF make them.
+long rollout after a sync pays; the rollouts measured here come after it. Beside a sync stand the sync by vLLM's public
+functions alone, which other versions get, its own `reload_weights`, and one call per parameter, as TRL and OpenRLHF
+make them. In a process of its own an engine reads memory that both processes have; beside that row stands one without
+what is looked at on the way, which is the digest of every tensor in both processes and whether it is finite.
+A model with a LoRA adapter of rank 8 on all layers is synced with the adapter merged on the way, and with the adapter
+sent as it is; both stand beside a copy of all its bytes.
 A rollout is one call for 64 completions of 32 tokens, beside `vllm.LLM.generate` of the same engine and of one as vLLM
-starts it.
+starts it, which has no adapter.
 
     python benchmarks/weight_sync.py [--engines hf vllm] [--rounds 15] [--write]
 
-Every figure is a median of CPU time of one thread, with an A/A control; a run whose control is off by more than
-{tolerance:.0%} is void and exits with 3. Where vLLM is not installed, its rows are left out.
+Every figure is a median of CPU time of one thread, or of seconds where two processes work, with an A/A control; a run
+whose control is off by more than {tolerance:.0%} is void and exits with 3. Where vLLM is not installed, its rows are
+left out.
 """
 
 from __future__ import annotations
@@ -22,8 +27,11 @@ import importlib.util
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from itertools import cycle
+from typing import Any, TypeAlias, cast
+from unittest.mock import patch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -41,10 +49,14 @@ from paired import (
     write_results,
 )
 from torch import nn
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from lightrft.backends.rollout.apart import buckets
+from lightrft.backends.rollout.apart.engine import build_apart
 from lightrft.config import EngineConfig
 from lightrft.strategy import EngineHandle, Prompt, SamplingParams, Strategy, StrategyConfig, get_strategy
+from lightrft.strategy.protocols.rollout import Engine, EngineSource
+from lightrft.strategy.registry import find_engine
 from lightrft.weight_sync import probe_difference, transfer_weights
 
 REFERENCE, AGAIN = "reference", "reference again (A/A)"
@@ -53,6 +65,9 @@ CACHE_GB = 0.5
 BATCH_SIZE, PROMPT_TOKENS, NEW_TOKENS = 64, 16, 32
 TARGETS = {"hf": 1.1, "vllm": 1.5}
 MAX_ROLLOUT = 1.03
+MAX_APART = 2.5
+
+Tensors: TypeAlias = Iterable[tuple[str, torch.Tensor]]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -111,41 +126,49 @@ def counted(handle: EngineHandle, run: Callable[[], object]) -> int:
     return calls
 
 
+def in_turn(
+    strategy: Strategy, models: tuple[nn.Module, nn.Module]
+) -> tuple[Callable[[], Tensors], Callable[[], None]]:
+    """Return what gives the tensors of two models in turn, so that syncs bring other values, and what copies them."""
+    turns = cycle(reversed(models))
+    copies = [tensor.detach().clone() for _, tensor in strategy.named_tensors(models[0])]
+
+    def tensors() -> Tensors:
+        return strategy.named_tensors(next(turns))
+
+    def copy() -> None:
+        for copied, (_, tensor) in zip(copies, tensors(), strict=True):
+            copied.copy_(tensor)
+
+    return tensors, copy
+
+
 def sync_rows(
     kind: str, strategy: Strategy, handle: EngineHandle, models: tuple[nn.Module, nn.Module], rounds: int
 ) -> list[Row]:
-    """Measure syncs of an engine; the two models take turns, so that each sync brings other values."""
-    turn = 0
-    copies = [tensor.detach().clone() for _, tensor in strategy.named_tensors(models[0])]
-
-    def next_model() -> nn.Module:
-        nonlocal turn
-        turn += 1
-        return models[turn % 2]
-
-    def reference() -> None:
-        for copied, (_, tensor) in zip(copies, strategy.named_tensors(next_model()), strict=True):
-            copied.copy_(tensor)
+    """Measure syncs of an engine."""
+    tensors, reference = in_turn(strategy, models)
 
     def sync() -> None:
-        transfer_weights(strategy.named_tensors(next_model()), handle)
+        transfer_weights(tensors(), handle)
 
     def by_parameter() -> None:
         handle.engine.begin_update(handle)
-        for pair in strategy.named_tensors(next_model()):
+        for pair in tensors():
             handle.engine.put(handle, [pair])
         handle.engine.commit(handle)
 
-    def probe() -> None:
-        found.append(probe_difference(handle, models[turn % 2]))
+    def sync_and_probe() -> None:
+        model = next(turns)
+        transfer_weights(strategy.named_tensors(model), handle)
+        found.append(probe_difference(handle, model))
 
+    turns = cycle(models)
     found: list[float] = []
     calls, calls_by_parameter = counted(handle, sync), counted(handle, by_parameter)
     variants = {REFERENCE: reference, AGAIN: reference, "sync": sync, "by parameter": by_parameter}
     seconds = interleave(variants, rounds, warmup=2)
-    sync()
-    both = probe_after(sync, probe)
-    probed = interleave({REFERENCE: reference, AGAIN: reference, "probe": both}, max(3, rounds // 3))
+    probed = interleave({REFERENCE: reference, AGAIN: reference, "probe": sync_and_probe}, max(3, rounds // 3))
     assert max(found) < 1e-5, f"{kind}: a logprob is {max(found)} nats from the trainer's"
     return [
         Row(name=f"{kind}: sync", calls=calls, variant="sync", seconds=seconds, target=TARGETS[kind]),
@@ -154,14 +177,56 @@ def sync_rows(
     ]
 
 
-def probe_after(sync: Callable[[], object], probe: Callable[[], object]) -> Callable[[], None]:
-    """Return both, one after the other."""
+def build_unverified(config: EngineConfig) -> Engine:
+    """Return an engine in whose process, once it has started, nobody looks at weights on their way."""
+    engine = find_engine(config.type)(config)
 
-    def both() -> None:
-        sync()
-        probe()
+    def start(source: EngineSource) -> EngineHandle:
+        unverified().start()
+        return engine.start(source)
 
-    return both
+    return attrs.evolve(engine, start=start)
+
+
+def unverified() -> Any:
+    """Return what lets buckets go through this process as they are."""
+
+    def write(part: torch.Tensor, tensor: torch.Tensor) -> tuple[int, bool]:
+        part.view(tensor.dtype).copy_(tensor.detach().reshape(-1))
+        return 0, True
+
+    def digest(part: torch.Tensor) -> int:
+        del part
+        return 0
+
+    return patch.multiple(buckets, _write=write, _digest=digest)
+
+
+def apart_rows(kind: str, strategy: Strategy, models: tuple[nn.Module, nn.Module], rounds: int) -> list[Row]:
+    """Measure syncs of an engine in a process of its own: the seconds until it is there, as both processes work."""
+    import weight_sync  # by this name the other process finds what builds the engine
+
+    tensors, reference = in_turn(strategy, models)
+    config = EngineConfig(type=kind, process="own", cache_gb=CACHE_GB, batch_size=BATCH_SIZE)
+    source = EngineSource(model=models[0], tokenizer=None)
+
+    def sync() -> None:
+        transfer_weights(tensors(), handle)
+
+    def sync_unverified() -> None:
+        with unverified():
+            transfer_weights(tensors(), unseen)
+
+    unseeing = build_apart(weight_sync.build_unverified, config)
+    with unseeing.start(source) as unseen, strategy.setup_inference_engine(config, actor=models[0]) as handle:
+        calls = counted(handle, sync)
+        variants = {REFERENCE: reference, AGAIN: reference, "apart": sync, "unverified": sync_unverified}
+        seconds = interleave(variants, rounds, warmup=2, clock=time.perf_counter)
+    name = f"{kind} in a process of its own: sync"
+    return [
+        Row(name=name, calls=calls, variant="apart", seconds=seconds),
+        Row(name=f"{name}, verification aside", variant="unverified", seconds=seconds, target=MAX_APART),
+    ]
 
 
 def hf_rows(rounds: int) -> list[Row]:
@@ -169,7 +234,8 @@ def hf_rows(rounds: int) -> list[Row]:
     strategy = get_strategy(StrategyConfig(strategy="single"))
     models = (build_model(0), build_model(1))
     with strategy.setup_inference_engine(EngineConfig(type="hf"), actor=models[0]) as handle:
-        return sync_rows("hf", strategy, handle, models, rounds)
+        rows = sync_rows("hf", strategy, handle, models, rounds)
+    return [*rows, *apart_rows("hf", strategy, models, rounds)]
 
 
 def vllm_rows(rounds: int) -> list[Row]:
@@ -177,23 +243,90 @@ def vllm_rows(rounds: int) -> list[Row]:
     strategy = get_strategy(StrategyConfig(strategy="single"))
     models = (build_model(0), build_model(1))
     config = EngineConfig(type="vllm", cache_gb=CACHE_GB, batch_size=BATCH_SIZE)
+    others = [
+        *public_rows(strategy, config, models, max(3, rounds // 3)),
+        *apart_rows("vllm", strategy, models, rounds),
+        *adapter_rows(strategy, max(3, rounds // 3)),
+    ]
     with strategy.setup_inference_engine(config, actor=models[0]) as handle:
-        rows = sync_rows("vllm", strategy, handle, models, rounds)
+        rows = sync_rows("vllm", strategy, handle, models, rounds) + others
         stock = start_stock(models[0])
         rows += reload_rows(strategy, stock, models, max(3, rounds // 3))
         return rows + rollout_rows(handle, stock, rounds)
 
 
+def public_rows(
+    strategy: Strategy, config: EngineConfig, models: tuple[nn.Module, nn.Module], rounds: int
+) -> list[Row]:
+    """Measure what a version of vLLM gets whose inside is not known."""
+    from lightrft.backends.rollout.vllm import load
+
+    def is_known(version: object) -> bool:
+        del version
+        return False
+
+    with patch.object(load, "is_known", is_known), strategy.setup_inference_engine(config, actor=models[0]) as handle:
+        row = sync_rows("vllm", strategy, handle, models, rounds)[0]
+    return [attrs.evolve(row, name="vllm: sync by its public functions alone", target=None)]
+
+
+def build_adapted(seed: int) -> nn.Module:
+    """Return the model of seed 0 with an adapter of its own."""
+    from peft import LoraConfig, get_peft_model
+
+    base = cast("PreTrainedModel", build_model(0))
+    torch.manual_seed(seed)
+    adapter = LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
+    return cast("nn.Module", get_peft_model(base, adapter)).eval()
+
+
+def adapter_rows(strategy: Strategy, rounds: int) -> list[Row]:
+    """Measure syncs of a model with an adapter, merged on the way and sent as it is, and a rollout with one sent."""
+    models, rows, num_bytes = (build_adapted(0), build_adapted(1)), list[Row](), dict[str, int]()
+    for way in ("merged", "sent"):
+        config = EngineConfig(type="vllm", cache_gb=CACHE_GB, batch_size=BATCH_SIZE, adapters=way)
+        with strategy.setup_inference_engine(config, actor=models[0]) as handle:
+            sync = adapter_sync(strategy, handle, models)
+            calls = counted(handle, sync)
+            num_bytes[way] = sync()
+            _, reference = in_turn(strategy, models)
+            seconds = interleave({REFERENCE: reference, AGAIN: reference, way: sync}, rounds, warmup=2)
+            share = num_bytes[way] / num_bytes["merged"]
+            name = f"vllm: sync of an adapter, {way}: {share:.1%} of the bytes"
+            rows.append(Row(name=name, calls=calls, variant=way, seconds=seconds))
+            if way == "sent":
+                _, rollout = rollout_rows(handle, start_stock(build_model(0)), rounds)
+                name = rollout.name.replace("ours", "with an adapter sent")
+                rows.append(attrs.evolve(rollout, name=name, target=None))
+    return rows
+
+
+def adapter_sync(strategy: Strategy, handle: EngineHandle, models: tuple[nn.Module, nn.Module]) -> Callable[[], int]:
+    """Return what syncs two models with adapters in turn, and returns the bytes that went."""
+    from lightrft.backends.adapters import merged_stream, parted_stream
+
+    turns = cycle(reversed(models))
+
+    def sync() -> int:
+        model = next(turns)
+        tensors = strategy.named_tensors(model)
+        is_sent = handle.takes_adapter
+        stream = parted_stream(model, tensors, with_base=False) if is_sent else merged_stream(model, tensors)
+        return transfer_weights(stream, handle)[1]
+
+    return sync
+
+
 def start_stock(model: nn.Module) -> Any:
     """Return vLLM as it starts itself, with weights of no meaning."""
-    from lightrft.backends.rollout.vllm_package import import_vllm, undisturbed
+    from lightrft.backends.rollout.vllm.package import import_vllm, undisturbed
 
     package = import_vllm()
     with tempfile.TemporaryDirectory() as directory, undisturbed():
         settings = cast("Any", model).config
         settings.architectures = [type(model).__name__]
         settings.save_pretrained(directory)
-        return package.LLM(
+        stock = package.LLM(
             model=directory,
             skip_tokenizer_init=True,
             load_format="dummy",
@@ -204,21 +337,14 @@ def start_stock(model: nn.Module) -> Any:
             kv_cache_memory_bytes=int(CACHE_GB * 1e9),
             use_tqdm_on_load=False,
         )
+    # when this is collected it would destroy the groups of the engine that is there then
+    cast("Any", stock.llm_engine).engine_core._finalizer.detach()  # noqa: SLF001
+    return stock
 
 
 def reload_rows(strategy: Strategy, stock: Any, models: tuple[nn.Module, nn.Module], rounds: int) -> list[Row]:
     """Measure vLLM's own way."""
-    turn = 0
-    copies = [tensor.detach().clone() for _, tensor in strategy.named_tensors(models[0])]
-
-    def tensors() -> Iterable[tuple[str, torch.Tensor]]:
-        nonlocal turn
-        turn += 1
-        return strategy.named_tensors(models[turn % 2])
-
-    def reference() -> None:
-        for copied, (_, tensor) in zip(copies, tensors(), strict=True):
-            copied.copy_(tensor)
+    tensors, reference = in_turn(strategy, models)
 
     def reload_weights() -> None:
         stock.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors()})
@@ -229,7 +355,7 @@ def reload_rows(strategy: Strategy, stock: Any, models: tuple[nn.Module, nn.Modu
 
 def rollout_rows(handle: EngineHandle, stock: Any, rounds: int) -> list[Row]:
     """Measure a rollout through our interface, beside the same engine asked directly, and beside vLLM as it starts."""
-    from lightrft.backends.rollout.vllm_package import import_vllm
+    from lightrft.backends.rollout.vllm.package import import_vllm
 
     inside, package = cast("Any", handle.state).inside, import_vllm()
     ids = torch.randint(1, 32768, (BATCH_SIZE, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0)).tolist()

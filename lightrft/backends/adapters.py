@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = [
     "BASE_LAYER",
     "Adapted",
+    "adapter_tensors",
+    "base_model",
     "base_name",
     "copy_with",
     "has_adapters",
@@ -36,6 +38,7 @@ __all__ = [
     "only_adapter",
     "owner_of",
     "owners_of",
+    "parted_stream",
 ]
 
 BASE_LAYER = "base_layer."
@@ -158,6 +161,25 @@ def base_name(name: str, owners: Iterable[str], adapter: str) -> str | None:
     return None
 
 
+def adapter_tensors(found: Adapted) -> dict[str, torch.Tensor]:
+    """Return the adapter's own tensors, by the names of the layers that they adapt.
+
+    Args:
+        found: a plain and whole model.
+    """
+    owners, tensors = owners_of(found), found.model.state_dict().items()
+    named = ((_name_in_adapter(name, owners, found.adapter), tensor) for name, tensor in tensors)
+    return {name: tensor for name, tensor in named if name is not None}
+
+
+def _name_in_adapter(name: str, owners: Iterable[str], adapter: str) -> str | None:
+    """Return what an adapter calls a tensor of its own, or None if it is the base's."""
+    owner = owner_of(name, owners)
+    kind, _, rest = name.removeprefix(f"{owner}.").partition(f".{adapter}.")
+    is_own = owner is not None and kind.startswith("lora_") and rest != ""
+    return f"{owner}.{kind}.{rest}".removeprefix(_BASE) if is_own else None
+
+
 def is_changed(rest: str, layer: nn.Module, found: Adapted) -> bool:
     """Return whether merging changes a tensor.
 
@@ -211,6 +233,44 @@ def merged_model(model: nn.Module) -> nn.Module:
     return unload()
 
 
+def base_model(found: Adapted) -> nn.Module:
+    """Return a copy of the base without the adapter, of the base's own class.
+
+    Args:
+        found: a plain and whole model.
+
+    Raises:
+        UnsupportedError: the adapter is merged into the live weights.
+    """
+    _refuse_live_merge(found, owners_of(found))
+    # peft's annotations leave out that `unload` is a method
+    unload = cast("Callable[[], nn.Module]", copy.deepcopy(found.model).unload)
+    return unload()
+
+
+def parted_stream(
+    model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]], *, with_base: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the adapter's own tensors as `adapter_tensors` names them, and those of the base under its own names.
+
+    Args:
+        model: a model that has adapters, whose parameters may be spread over ranks.
+        tensors: (name, full tensor) of all its tensors.
+        with_base: whether those of the base are wanted.
+
+    Raises:
+        UnsupportedError: see `only_adapter`; or the adapter is merged into the live weights.
+    """
+    found = only_adapter(model)
+    owners = owners_of(found)
+    _refuse_live_merge(found, owners)
+    for name, tensor in tensors:
+        own = _name_in_adapter(name, owners, found.adapter)
+        base = base_name(name, owners, found.adapter) if with_base and own is None else None
+        if own is not None or base is not None:
+            yield own or base or "", tensor
+
+
 def merged_stream(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors of the base under its own names, with the adapter in them; one layer at a time is in memory.
 
@@ -251,6 +311,16 @@ def _merged(
         (name, merged.get_parameter(name.removeprefix(f"{path}.")).detach() if name in changed else tensor)
         for name, tensor in tensors.items()
     ]
+
+
+def _refuse_live_merge(found: Adapted, owners: Mapping[str, nn.Module]) -> None:
+    """Refuse a base that holds the adapter already: who is given both apart would add it again."""
+    for path, layer in owners.items():
+        if found.adapter in getattr(layer, "merged_adapters", ()):
+            raise UnsupportedError(
+                f"the adapter {found.adapter!r} is merged into {path} and cannot be sent apart from it; call "
+                "unmerge_adapter() first."
+            )
 
 
 def _refuse_tied(found: Adapted, owners: Mapping[str, nn.Module]) -> None:

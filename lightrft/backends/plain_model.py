@@ -14,7 +14,7 @@ from torch import nn
 from lightrft.errors import UnsupportedError
 from lightrft.strategy.protocols.training import NamedTensors, UnwrapModel
 
-__all__ = ["PlainModel", "build_plain_model", "keep_structure", "plain_name"]
+__all__ = ["PlainModel", "build_plain_model", "is_spread", "keep_structure", "plain_name"]
 
 # what torch's activation checkpointing and `torch.compile` put between a module's name and those of its parts
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_checkpoint_wrapped_module|_orig_mod)(?:\.|$)")
@@ -74,6 +74,15 @@ def keep_structure(model: nn.Module) -> None:
             "locks and files elsewhere."
         ) from error
     setattr(model, _STRUCTURE, structure)  # a record, because a module would become a submodule
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Return whether a backend has spread a model's parameters over ranks: its forward pass is a matter of all of them.
+
+    Args:
+        model: prepared or plain.
+    """
+    return any(_STRUCTURE in vars(module) for module in model.modules())
 
 
 def build_plain_model(*, unwrap_model: UnwrapModel, named_tensors: NamedTensors) -> PlainModel:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lightrft.cli.trial import take_step, tiny_actor, tiny_strategy
 from lightrft.errors import EngineStateError
 from lightrft.strategy.protocols.rollout import EngineStatus, Prompt, SamplingParams
-from lightrft.weight_sync import PROBE_BOUNDS, probe_engine
+from lightrft.weight_sync import probe_engine
 
 if TYPE_CHECKING:
     from lightrft.config import EngineConfig
@@ -81,7 +81,7 @@ def _changed(strategy: Strategy, engine: EngineHandle, actor: Trainable) -> floa
     """Return how far the engine is from a model that was trained on, so that a sync that does nothing is found."""
     take_step(strategy, actor)
     found = probe_engine(engine, actor.model)
-    if found.difference <= _bound(actor) * found.scale:
+    if found.agrees:
         raise RuntimeError(
             f"the engine agrees with new weights that it was not given (a difference of {found.difference:.1g})"
         )
@@ -95,9 +95,8 @@ def _synced(strategy: Strategy, engine: EngineHandle, actor: Trainable) -> str:
 
 def _verified(engine: EngineHandle, actor: Trainable, *, before: float) -> str:
     found = probe_engine(engine, actor.model)
-    bound = _bound(actor) * found.scale
-    if found.difference > bound:
-        raise RuntimeError(f"a logprob is {found.difference:.2g} nats from the trainer's (bound {bound:.2g})")
+    if not found.agrees:
+        raise RuntimeError(f"a logprob is {found.difference:.2g} nats from the trainer's (bound {found.bound:.2g})")
     return f"logprobs within {found.difference:.1g} nats of the trainer's; {before:.1g} before the sync"
 
 
@@ -125,10 +124,6 @@ def _closed(strategy: Strategy, engine: EngineHandle, children: frozenset[int]) 
     if left:
         raise RuntimeError(f"processes {sorted(left)} are left")
     return "a request is refused; no process is left"
-
-
-def _bound(actor: Trainable) -> float:
-    return PROBE_BOUNDS[next(actor.model.parameters()).dtype]
 
 
 def _require_status(engine: EngineHandle, status: EngineStatus) -> None:

@@ -34,11 +34,17 @@ _FREE = (
     "strategy.micro_train_batch_size",
     "strategy.gradient_checkpointing",
     "strategy.compile_layers",
+    "engine.adapters",
     "engine.batch_size",
     "engine.process",
     "engine.timeout_seconds",
+    "engine.tensor_parallel_size",
+    "engine.transport",
 )
 """What settings begin with that change how a run computes, and not what, but for rounding."""
+
+_FREE_WHERE_SET = ("engine.url",)
+"""What may change from one value to another, and neither to none nor from none: a server draws by no seed of ours."""
 
 _NUM_SHOWN = 3
 
@@ -120,10 +126,11 @@ def _check_same(path: Path, config: Config) -> None:
     except ValueError as error:
         raise ConfigError(f"config={str(path)!r} cannot be read ({error}); choose another run.dir.") from error
     now = _flat(tomllib.loads(to_toml(config)))
-    default = _flat(tomllib.loads(to_toml(Config())))
     # a setting that an older release did not know had its default
-    changed = [key for key in {**now, **before} if now.get(key) != before.get(key, default.get(key))]
-    changed = [key for key in changed if not key.startswith(_FREE)]
+    before = {**_flat(tomllib.loads(to_toml(Config()))), **before}
+    changed = [key for key in {**now, **before} if now.get(key) != before.get(key)]
+    free = (*_FREE, *(key for key in _FREE_WHERE_SET if now.get(key) and before.get(key)))
+    changed = [key for key in changed if not key.startswith(free)]
     if not changed:
         return
     described = [f"{key}={_shown(now, key)} (was {_shown(before, key)})" for key in changed[:_NUM_SHOWN]]

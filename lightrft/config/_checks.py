@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeAlias, cast
 
@@ -20,6 +21,7 @@ __all__ = [
     "is_bool",
     "is_name",
     "is_text",
+    "is_url_or_empty",
     "named",
     "one_of",
     "optional",
@@ -101,6 +103,13 @@ def is_name(record: object, field: attrs.Attribute[Any], value: object) -> None:
     is_text(record, field, value)
     if not value:
         raise ConfigError(f"{field.name}='' is empty; write a name, or leave the setting out.")
+
+
+def is_url_or_empty(record: object, field: attrs.Attribute[Any], value: object) -> None:
+    """Check that the value is the address of a web server, or ""."""
+    is_text(record, field, value)
+    if value and not re.fullmatch(r"https?://[^/\s?#@]+/?", cast("str", value)):
+        raise ConfigError(f'{field.name}={shown(value)} is no address of a server; write "http://host:port".')
 
 
 def are_texts(record: object, field: attrs.Attribute[Any], value: object) -> None:

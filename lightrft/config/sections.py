@@ -14,6 +14,7 @@ from lightrft.config._checks import (
     is_bool,
     is_name,
     is_text,
+    is_url_or_empty,
     one_of,
     optional,
     plain_table,
@@ -22,12 +23,14 @@ from lightrft.config.redaction import redacted
 from lightrft.errors import ConfigError
 
 __all__ = [
+    "ADAPTER_NAMES",
     "ADVANTAGE_NAMES",
     "AGGREGATION_NAMES",
     "CORRECTION_NAMES",
     "KL_NAMES",
     "LOSS_NAMES",
     "PROCESS_NAMES",
+    "TRANSPORT_NAMES",
     "AlgorithmConfig",
     "CheckpointConfig",
     "DataConfig",
@@ -50,6 +53,10 @@ CORRECTION_NAMES = ("none", "truncate", "mask")
 """Values of `AlgorithmConfig.importance_correction`."""
 PROCESS_NAMES = ("trainer", "own")
 """Values of `EngineConfig.process`."""
+TRANSPORT_NAMES = ("memory", "collective")
+"""Values of `EngineConfig.transport`."""
+ADAPTER_NAMES = ("merged", "sent")
+"""Values of `EngineConfig.adapters`."""
 
 _LONGEST_CALL = 31_536_000.0  # seconds of a year: no call takes longer, and every clock can count down from it
 
@@ -65,12 +72,22 @@ class EngineConfig:
         top_k: sample from this many most likely tokens; 0 is off.
         max_new_tokens: bound on the tokens of a completion.
         min_new_tokens: tokens before a stop token may be sampled.
-        batch_size: sequences that are decoded at once; bounds the memory of the key-value cache.
+        batch_size: sequences that are decoded at once; bounds the memory of the key-value cache. A server is told when
+            it is started, and does not look at it.
         cache_gb: GB (1e9 bytes) of the key-value cache of the engines "vllm" and "sglang", which set it aside when they
-            start; its memory is taken as it is filled.
+            start; its memory is taken as it is filled. Neither does a server look at this.
         script: completions of the engine "scripted", given out in turn.
         process: where the engine runs, one of `PROCESS_NAMES`: in the trainer's process, or in one of its own.
-        timeout_seconds: how long a call may take in a process of its own, before it is taken to hang.
+        transport: by what weights get into a process of its own, one of `TRANSPORT_NAMES`: memory that both processes
+            share, or a collective of the two.
+        timeout_seconds: how long a call may take in a process of its own or by a server, before it is taken to hang,
+            and how long ranks that run one engine wait for one another.
+        tensor_parallel_size: ranks that run one engine together, each with a shard of its weights; it divides the
+            number of ranks. 1 gives every rank an engine of its own.
+        adapters: how a LoRA adapter reaches the engine, one of `ADAPTER_NAMES`: merged into the weights of every sync,
+            or sent as it is to an engine that keeps the weights below it. "merged" does nothing to a model without one;
+            "sent" refuses it, as it does one of which more is trained than the adapter.
+        url: of a running server, for the engine "sglang", such as "http://127.0.0.1:30000"; "" runs the engine here.
     """
 
     type: str = attrs.field(default="hf", validator=is_name)
@@ -83,9 +100,31 @@ class EngineConfig:
     cache_gb: float = attrs.field(default=1.0, converter=real, validator=at_least(0))
     script: tuple[str, ...] = attrs.field(default=(), converter=texts, validator=are_texts)
     process: str = attrs.field(default="trainer", validator=one_of(PROCESS_NAMES))
+    transport: str = attrs.field(default="memory", validator=one_of(TRANSPORT_NAMES))
     timeout_seconds: float = attrs.field(
         default=1800.0, converter=real, validator=between(0, _LONGEST_CALL, above_low=True)
     )
+    tensor_parallel_size: int = attrs.field(default=1, validator=at_least(1, whole=True))
+    adapters: str = attrs.field(default="merged", validator=one_of(ADAPTER_NAMES))
+    url: str = attrs.field(default="", validator=is_url_or_empty)
+
+    def __attrs_post_init__(self) -> None:
+        """Check what several settings say together."""
+        if self.transport != "memory" and self.process == "trainer":
+            raise ConfigError(
+                f"transport={self.transport!r} takes weights into another process, and process={self.process!r} has "
+                "the engine in this one; use process='own', or leave transport out."
+            )
+        if self.tensor_parallel_size > 1 and self.process == "own":
+            raise ConfigError(
+                f"process={self.process!r} gives every rank an engine in a process beside it, and tensor_parallel_size="
+                f"{self.tensor_parallel_size!r} joins the ranks' own; use process='trainer', or tensor_parallel_size=1."
+            )
+        if self.tensor_parallel_size > 1 and self.adapters == "sent":
+            raise ConfigError(
+                f"adapters={self.adapters!r} is for an engine of one rank, and tensor_parallel_size="
+                f"{self.tensor_parallel_size!r} spreads it over several; use adapters='merged'."
+            )
 
 
 @attrs.frozen(kw_only=True)

@@ -1,15 +1,16 @@
-"""Pictures of other packages as images of prompts."""
+"""Pictures and videos of other packages as images and videos of prompts."""
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 
 from lightrft.errors import DataError
-from lightrft.strategy.protocols.images import Image
+from lightrft.strategy.protocols.images import Image, Video
 
-__all__ = ["Array", "Picture", "as_image"]
+__all__ = ["Array", "Picture", "as_image", "as_video"]
 
 
 @runtime_checkable
@@ -57,7 +58,7 @@ def as_image(picture: object) -> Image:
             width, 3).
 
     Raises:
-        DataError: it is neither; a video, of four dimensions, is given frame by frame.
+        DataError: it is neither; for a video, of four dimensions, there is `as_video`.
 
     Example:
         >>> as_image(torch.zeros(2, 5, 3, dtype=torch.uint8))
@@ -75,8 +76,35 @@ def as_image(picture: object) -> Image:
     return Image(width=width, height=height, pixels=array.tobytes())
 
 
+def as_video(frames: object, *, fps: float) -> Video:
+    """Return frames as a video of a prompt; which ones of a long video a model shall see is chosen before.
+
+    Args:
+        frames: pictures as `as_image` takes them, in the order of time, or an array or tensor of uint8, (frames,
+            height, width, 3).
+        fps: frames in a second, of those that are given.
+
+    Raises:
+        DataError: they are neither, there is none, or they are not all of one size.
+
+    Example:
+        >>> as_video(torch.zeros(4, 2, 5, 3, dtype=torch.uint8), fps=2.0)
+        Video(frames=<4 of 5 x 2>, fps=2.0)
+    """
+    if isinstance(frames, (torch.Tensor, Array)) and len(frames.shape) != 4:
+        raise DataError(
+            f"frames={type(frames).__name__} of {frames.dtype} and shape {tuple(frames.shape)} is no video; give uint8 "
+            "of (frames, height, width, 3)."
+        )
+    if isinstance(frames, (str, bytes, Picture)) or not isinstance(frames, Iterable):
+        raise DataError(
+            f"frames={type(frames).__name__} is no video; give pictures, or uint8 of (frames, height, width, 3)."
+        )
+    return Video(frames=tuple(as_image(frame) for frame in cast("Iterable[object]", frames)), fps=fps)
+
+
 def _refusal(picture: object, seen: str) -> DataError:
     return DataError(
-        f"picture={type(picture).__name__}{seen} is no image; give one of PIL, or uint8 of (height, width, 3); of a "
-        "video, give frames."
+        f"picture={type(picture).__name__}{seen} is no image; give one of PIL, or uint8 of (height, width, 3); a "
+        "video, of (frames, height, width, 3), is one for as_video."
     )

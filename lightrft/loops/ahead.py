@@ -16,10 +16,10 @@ from typing import Protocol
 import attrs
 from torch import nn
 
-from lightrft import errors
-from lightrft.errors import LightRFTError, UnsupportedError
+from lightrft.errors import UnsupportedError
+from lightrft.failures import together
 from lightrft.loops.collect import Request
-from lightrft.loops.ranks import RolloutOnRanks, gather_texts
+from lightrft.loops.ranks import RolloutOnRanks
 from lightrft.strategy.protocols.rollout import Completion, EngineHandle
 
 __all__ = ["Await", "check_draws", "made_ahead"]
@@ -32,7 +32,7 @@ class Await(Protocol):
         """Return this rank's completions, batch by batch, when all ranks have theirs; all ranks call it.
 
         Raises:
-            LightRFTError: on all ranks, if one of them could not make its part.
+            Exception: on all ranks, what one of them raised that could not make its part.
         """
         ...
 
@@ -67,14 +67,7 @@ def made_ahead(rollout: RolloutOnRanks, engine: EngineHandle, request: Request) 
         future = thread.submit(make)
 
         def wait() -> list[Completion]:
-            made: list[Completion] = []
-            failure: LightRFTError | None = None
-            try:
-                made = future.result()
-            except LightRFTError as error:
-                failure = error
-            _raise_together(rollout, failure)
-            return made
+            return together(rollout, future.result)
 
         try:
             yield wait
@@ -99,14 +92,3 @@ def check_draws(model: nn.Module) -> None:
                 f"algorithm.max_staleness: {name!r} of the model drops out a share of {share} at random while it "
                 "learns, and the engine draws at the same time; set the dropout to 0, or max_staleness=0."
             )
-
-
-def _raise_together(rollout: RolloutOnRanks, failure: LightRFTError | None) -> None:
-    words = [] if failure is None else [f"{type(failure).__name__} rank {rollout.get_rank()}: {failure}"]
-    told = gather_texts(rollout, words)
-    if failure is not None:
-        raise failure
-    if told:
-        name, _, message = told[0].partition(" ")
-        kind: type[LightRFTError] = getattr(errors, name, LightRFTError)  # an engine may have an error type of its own
-        raise kind(message)

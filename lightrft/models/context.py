@@ -43,4 +43,9 @@ def known_vocabulary_size(model: nn.Module) -> int | None:
         True
     """
     get = cast("Callable[[], nn.Module] | None", getattr(model, "get_input_embeddings", None))
-    return None if get is None else get().get_parameter("weight").shape[0]
+    if get is None:
+        return None
+    taking = get()
+    # one of torch, maybe below an adapter, says the number itself: its rows may lie on other ranks
+    own = (module.num_embeddings for module in taking.modules() if isinstance(module, nn.Embedding))
+    return next(own, None) or taking.get_parameter("weight").shape[0]

@@ -22,6 +22,7 @@ from lightrft.strategy.protocols import (
     StrategyProtocol,
     Trainable,
     Training,
+    Video,
     World,
 )
 from lightrft.strategy.record import Strategy
@@ -46,6 +47,7 @@ __all__ = [
     "StrategyProtocol",
     "Trainable",
     "Training",
+    "Video",
     "World",
     "background_saves",
     "get_fake_strategy",

@@ -88,6 +88,6 @@ def _with_engines(strategy: Strategy, config: StrategyConfig, engines: Mapping[s
         return find_engine(key, engines)
 
     setup = build_setup_inference_engine(
-        config, find_engine=find, named_tensors=strategy.named_tensors, unwrap_model=strategy.unwrap_model
+        config, strategy, find_engine=find, named_tensors=strategy.named_tensors, unwrap_model=strategy.unwrap_model
     )
     return attrs.evolve(strategy, setup_inference_engine=setup)

@@ -7,8 +7,6 @@ from importlib.metadata import EntryPoint
 from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
-import attrs
-
 from lightrft.config.sections import EngineConfig
 from lightrft.errors import ConfigError, nearest
 from lightrft.strategy.assemble import assemble
@@ -37,7 +35,7 @@ def _build_single(config: StrategyConfig) -> Strategy:
     from lightrft.backends.checkpointing.canonical import build_checkpointing
     from lightrft.backends.checkpointing.live import build_live_access
     from lightrft.backends.collectives.single import build_collectives
-    from lightrft.backends.rollout.serving import alone, build_rollout
+    from lightrft.backends.rollout.serving import build_rollout
     from lightrft.backends.training.single import build_training
 
     collectives = build_collectives(config)
@@ -48,13 +46,12 @@ def _build_single(config: StrategyConfig) -> Strategy:
         checkpointing=build_checkpointing(
             collectives=collectives, access=build_live_access(training.unwrap_model), strategy="single"
         ),
-        rollout=alone(
-            build_rollout(
-                config,
-                find_engine=find_engine,
-                named_tensors=training.named_tensors,
-                unwrap_model=training.unwrap_model,
-            )
+        rollout=build_rollout(
+            config,
+            collectives,
+            find_engine=find_engine,
+            named_tensors=training.named_tensors,
+            unwrap_model=training.unwrap_model,
         ),
         capabilities=frozenset({"bf16"}),
     )
@@ -88,48 +85,60 @@ def _on_ranks(
 ) -> Strategy:
     """Return the strategy of ranks that each generate their part, with its own way to train and to reach its state."""
     from lightrft.backends.checkpointing.canonical import build_checkpointing
-    from lightrft.backends.rollout.gathering import build_gather_and_generate
     from lightrft.backends.rollout.serving import build_rollout
 
-    rollout = build_rollout(
-        config, find_engine=find_engine, named_tensors=training.named_tensors, unwrap_model=training.unwrap_model
-    )
     return assemble(
         collectives=collectives,
         training=training,
         checkpointing=build_checkpointing(collectives=collectives, access=access, strategy=key),
-        rollout=attrs.evolve(
-            rollout, gather_and_generate=build_gather_and_generate(collectives, rollout.engine_generate_local)
+        rollout=build_rollout(
+            config,
+            collectives,
+            find_engine=find_engine,
+            named_tensors=training.named_tensors,
+            unwrap_model=training.unwrap_model,
         ),
         capabilities=frozenset({"bf16", "ranks"}),
     )
 
 
+def _require_no_url(config: EngineConfig) -> None:
+    if config.url:
+        raise ConfigError(f"url={config.url!r} is of a server and the engine {config.type!r} has none; use 'sglang'.")
+
+
 def _build_hf(config: EngineConfig) -> Engine:
-    from lightrft.backends.rollout.hf import build_hf
+    _require_no_url(config)
+    from lightrft.backends.rollout.hf.engine import build_hf
 
     return build_hf(config)
 
 
 def _build_vllm(config: EngineConfig) -> Engine:
-    from lightrft.backends.rollout.vllm_package import require_vllm
+    _require_no_url(config)
+    from lightrft.backends.rollout.vllm.package import require_vllm
 
     require_vllm()
-    from lightrft.backends.rollout.vllm import build_vllm
+    from lightrft.backends.rollout.vllm.engine import build_vllm
 
     return build_vllm(config)
 
 
 def _build_sglang(config: EngineConfig) -> Engine:
-    from lightrft.backends.rollout.sglang_package import require_sglang
+    if config.url:
+        from lightrft.backends.rollout.sglang.server import build_sglang_server
+
+        return build_sglang_server(config)
+    from lightrft.backends.rollout.sglang.package import require_sglang
 
     require_sglang()
-    from lightrft.backends.rollout.sglang import build_sglang
+    from lightrft.backends.rollout.sglang.engine import build_sglang
 
     return build_sglang(config)
 
 
 def _build_scripted(config: EngineConfig) -> Engine:
+    _require_no_url(config)
     from lightrft.backends.rollout.scripted import build_scripted
 
     return build_scripted(config)

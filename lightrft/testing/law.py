@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
-from typing import Literal, Protocol, TypeAlias, TypeVar, get_type_hints
+import functools
+from collections.abc import Generator, Sequence
+from typing import Literal, Protocol, TypeAlias, TypeVar, cast, get_type_hints
 
 import attrs
 import hypothesis
 from hypothesis.strategies import SearchStrategy
 
+from lightrft.errors import LawError
 from lightrft.strategy.protocols import Capabilities
 from lightrft.testing.plain import from_json, to_json
 from lightrft.testing.ranks.watchdog import StuckError
-from lightrft.testing.subject import RunOnRanks, Subject
+from lightrft.testing.subject import Program, RunOnRanks, Subject
 
-__all__ = ["Cases", "Check", "Harness", "Holds", "Law", "Worlds", "for_all"]
+__all__ = ["Cases", "Check", "Harness", "Holds", "Law", "Worlds", "for_all", "on_each_rank"]
 
 Worlds: TypeAlias = Literal["one", "every", "several"]
 """World sizes at which a law says something: 1 alone, every one, or from 2 on."""
 
 _Case = TypeVar("_Case")
+_Evidence = TypeVar("_Evidence")
 _Case_co = TypeVar("_Case_co", covariant=True)
 _Case_contra = TypeVar("_Case_contra", contravariant=True)
 
@@ -134,6 +137,40 @@ def for_all(cases: Cases[_Case], holds: Holds[_Case]) -> Check:
         holds_for()
 
     return check
+
+
+def on_each_rank(holds: Holds[_Case]) -> Holds[_Case]:
+    """Return a law about one rank, held against each of several that run its programs at once.
+
+    Args:
+        holds: the law for one rank; what runs its programs gives it the evidence of that rank alone.
+    """
+
+    @functools.wraps(holds)
+    def holds_for_each(harness: Harness, case: _Case, /) -> None:
+        seen: list[tuple[object, object, Sequence[object]]] = []
+        for rank in range(harness.world_size):
+            try:
+                holds(attrs.evolve(harness, run=_run_of_rank(harness.run, rank, seen)), case)
+            except LawError as error:
+                error.add_note(f"on rank {rank}")
+                raise
+
+    return holds_for_each
+
+
+def _run_of_rank(run: RunOnRanks, rank: int, seen: list[tuple[object, object, Sequence[object]]]) -> RunOnRanks:
+    """Return what gives the evidence of one rank; a program that all have run with a case is not run again."""
+
+    def run_once(program: Program[_Case, _Evidence], case: _Case) -> list[_Evidence]:
+        for known, of, evidence in seen:
+            if known is program and of == case:
+                return [cast("_Evidence", evidence[rank])]
+        every = run(program, case)
+        seen.append((program, case, every))
+        return [every[rank]]
+
+    return run_once
 
 
 def _type_of_case(holds: Holds[_Case]) -> type[_Case]:

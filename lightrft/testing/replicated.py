@@ -14,7 +14,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightrft.backends.checkpointing.canonical import build_checkpointing
 from lightrft.backends.checkpointing.live import build_live_access
 from lightrft.backends.collectives import simulated, torch_dist
-from lightrft.backends.rollout.gathering import build_gather_and_generate
 from lightrft.backends.rollout.serving import build_rollout
 from lightrft.backends.training.dataloader import build_setup_dataloader_of_ranks
 from lightrft.backends.training.prepare import (
@@ -78,15 +77,16 @@ def build_replicated(config: StrategyConfig, collectives: Collectives) -> Strate
         collectives: what the ranks do together.
     """
     training = _build_training(config, collectives)
-    rollout = build_rollout(
-        config, find_engine=find_engine, named_tensors=training.named_tensors, unwrap_model=training.unwrap_model
-    )
     return assemble(
         collectives=collectives,
         training=training,
         checkpointing=build_checkpointing(collectives=collectives, access=build_live_access(training.unwrap_model)),
-        rollout=attrs.evolve(
-            rollout, gather_and_generate=build_gather_and_generate(collectives, rollout.engine_generate_local)
+        rollout=build_rollout(
+            config,
+            collectives,
+            find_engine=find_engine,
+            named_tensors=training.named_tensors,
+            unwrap_model=training.unwrap_model,
         ),
         capabilities=frozenset({"bf16", "ranks"}),
     )

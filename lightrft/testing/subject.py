@@ -9,6 +9,7 @@ from typing import Literal, Protocol, TypeAlias, TypeVar, cast
 
 import attrs
 
+from lightrft.backends.launch import world_size_of_launch
 from lightrft.config import EngineConfig, StrategyConfig
 from lightrft.errors import ConfigError, nearest
 from lightrft.strategy.build import get_strategy
@@ -153,7 +154,8 @@ def subject_of(
     """Return the subject of a target.
 
     A strategy is tested with the engine "scripted", or the one that `engine` names; an engine is tested inside of the
-    strategy "single".
+    strategy "single", and where a launcher started several processes inside of `lightrft.testing.replicated`, so that
+    each of them has one.
 
     Args:
         target: a registry key, `package.module:build`, or a builder.
@@ -185,6 +187,11 @@ def subject_of(
     engines = {**ENGINES, "subject": build_engine}
 
     def build(config: StrategyConfig) -> Strategy:
-        return get_strategy(attrs.evolve(config, strategy="single"), engines=engines)
+        if world_size_of_launch() == 1:
+            return get_strategy(attrs.evolve(config, strategy="single"), engines=engines)
+        from lightrft.testing.replicated import build_gloo  # imports torch
+
+        on_ranks = {"replicated": build_gloo}
+        return get_strategy(attrs.evolve(config, strategy="replicated"), registry=on_ranks, engines=engines)
 
     return Subject(name=name, kind=kind, build=build, config=base, engine=chosen, build_engine=build_engine)

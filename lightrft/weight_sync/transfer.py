@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ __all__ = ["transfer_weights"]
 def transfer_weights(tensors: Iterable[tuple[str, torch.Tensor]], handle: EngineHandle) -> tuple[int, int]:
     """Write the tensors into the engine and commit; return their number and bytes.
 
+    Where the engine cannot go on, the rest of the stream is still taken: other ranks may be in it, too.
+
     Args:
         tensors: (name, full tensor) of every parameter and persistent buffer.
         handle: an engine that is awake or torn.
@@ -25,6 +28,15 @@ def transfer_weights(tensors: Iterable[tuple[str, torch.Tensor]], handle: Engine
     Raises:
         WeightSyncError: the engine refused a tensor or misses some; it is "torn" then, as after any other error.
     """
+    stream = iter(tensors)
+    try:
+        return _transferred(stream, handle)
+    except Exception:
+        deque(stream, maxlen=0)
+        raise
+
+
+def _transferred(tensors: Iterable[tuple[str, torch.Tensor]], handle: EngineHandle) -> tuple[int, int]:
     engine = handle.engine
     engine.begin_update(handle)
     num_tensors = num_bytes = 0

@@ -174,7 +174,7 @@ def test_an_engine_that_cannot_be_chosen_is_wrong_input(cli: Cli, arguments: tup
 
 def test_a_package_that_is_not_there_is_wrong_input(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's package is asked for with the command that installs it."""
-    monkeypatch.setattr("lightrft.backends.rollout.vllm_package.require_vllm", _absent)
+    monkeypatch.setattr("lightrft.backends.rollout.vllm.package.require_vllm", _absent)
     outcome = cli("doctor", "--engine", "vllm")
     assert (outcome.code, outcome.out, outcome.line) == (2, "", "lightrft: error: x is not installed")
 
@@ -225,7 +225,7 @@ def test_weights_that_the_engine_was_not_given_are_found(cli: Cli, monkeypatch: 
 
     def probe_engine(*arguments: object) -> Probe:
         del arguments
-        return Probe(difference=0.0, scale=1.0)
+        return Probe(difference=0.0, scale=1.0, bound=1e-5, agrees=True)
 
     monkeypatch.setattr("lightrft.cli.engine_life.probe_engine", probe_engine)
     _fails(cli, "sync", "new weights that it was not given")

@@ -177,6 +177,14 @@ def test_task_options_are_plain_data(options: object, place: str) -> None:
     assert _message({"data": {"task_options": options}}).startswith(f"config: {place}")
 
 
+@pytest.mark.parametrize(
+    "url", ["localhost:30000", "ftp://a:1", "http://a:1/generate", "http://me:secret@a:1", "http://"]
+)
+def test_what_is_no_address_of_a_server_is_refused(url: str) -> None:
+    """An address is a scheme, a host and a port: no path, and no secret that messages would show."""
+    assert "is no address of a server" in _message({"engine": {"url": url}})
+
+
 def test_other_errors_are_not_dressed_up() -> None:
     """An exception that is no ConfigError of ours leaves the reading as it is."""
 

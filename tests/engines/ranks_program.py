@@ -1,4 +1,4 @@
-"""What a rank of `test_vllm_ranks` and `test_sglang_ranks` does: generate, train and sync, beside the other rank."""
+"""What a rank of `test_ranks` does: generate, train and sync, beside the other rank."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import torch
+from guests import settings
 
-from lightrft.config import EngineConfig
 from lightrft.strategy import Prompt, SamplingParams, StrategyConfig, Trainable, get_strategy
 from lightrft.testing.cases.policies import PolicyCase, build_policy
 
@@ -16,11 +16,6 @@ PROMPTS = ((1, 2, 3), (4,), (5, 6))
 FIRST_OF_RANK = (0, 2, 3)
 SAMPLING = SamplingParams(temperature=0.8, max_new_tokens=6, n=2, seed=3)
 CASE = PolicyCase(tied=True, num_layers=2, seed=1)
-
-
-def engine_of(kind: str) -> EngineConfig:
-    """Return the settings of an engine."""
-    return EngineConfig(type=kind, cache_gb=0.01, batch_size=8)
 
 
 def run(directory: Path, kind: str) -> None:
@@ -35,7 +30,7 @@ def run(directory: Path, kind: str) -> None:
     model, optimizer, _ = trainable
     mine = [Prompt(token_ids=ids) for ids in PROMPTS[FIRST_OF_RANK[rank] : FIRST_OF_RANK[rank + 1]]]
     differences: list[float] = []
-    with strategy.setup_inference_engine(engine_of(kind), actor=model) as engine:
+    with strategy.setup_inference_engine(settings(kind), actor=model) as engine:
         made = strategy.gather_and_generate(engine, mine, SAMPLING)
         for step in range(5):
             ids = torch.randint(0, 13, (1, 12), generator=torch.Generator().manual_seed(2 * step + rank))

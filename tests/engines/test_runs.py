@@ -8,34 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from guests import installed
 
-from lightrft.backends.rollout.sglang_package import require_sglang
-from lightrft.backends.rollout.vllm_package import require_vllm
 from lightrft.cli import main
-from lightrft.errors import MissingPackageError
 from lightrft.loops.ahead import Await, made_ahead
 from lightrft.loops.collect import Request
 from lightrft.loops.ranks import RolloutOnRanks
 from lightrft.strategy import Completion, EngineHandle
 
-REQUIRE = {"vllm": require_vllm, "sglang": require_sglang}
-
-
-def is_installed(engine: str) -> bool:
-    try:
-        REQUIRE[engine]()
-    except MissingPackageError:
-        return False
-    return True
-
-
-HERE = [engine for engine in REQUIRE if is_installed(engine)]
-
-if not HERE:
-    pytest.skip("neither vLLM nor SGLang is installed", allow_module_level=True)
+ENGINE = installed("vllm", "sglang")
 
 # other people's packages warn while they are imported
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.parametrize("engine", HERE)]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.parametrize("engine", [ENGINE])]
 
 CONFIG = """\
 [strategy]

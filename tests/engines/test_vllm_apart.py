@@ -6,44 +6,23 @@ import os
 import signal
 from collections.abc import Sequence
 
+import attrs
 import psutil
 import pytest
 import torch
-from torch import nn
+from guests import installed, policy, settings
 
 from lightrft.backends.rollout.apart.engine import ApartState
-from lightrft.backends.rollout.vllm_package import require_vllm
-from lightrft.config import EngineConfig, ModelConfig
-from lightrft.errors import ConfigError, MissingPackageError
-from lightrft.models.build import build_model
-from lightrft.models.tokenizer import build_character_tokenizer
+from lightrft.config import EngineConfig
+from lightrft.errors import ConfigError
 from lightrft.strategy import Completion, EngineHandle, Prompt, SamplingParams, get_strategy
-
-try:
-    require_vllm()
-except MissingPackageError as missing:
-    pytest.skip(str(missing), allow_module_level=True)
 
 # other people's packages warn while they are imported
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-ENGINE = EngineConfig(type="vllm", process="own", cache_gb=0.01, batch_size=64)
+ENGINE = attrs.evolve(settings(installed("vllm")), process="own")
 PROMPTS = [Prompt(token_ids=(1, 2, 3)), Prompt(token_ids=(4,))]
 HOT = SamplingParams(temperature=1.3, max_new_tokens=6, n=3, seed=5)
-
-
-def policy(*, seed: int) -> nn.Module:
-    """Return a small Qwen3, tied, whose logits have an opinion."""
-    config = ModelConfig(
-        hidden_size=64,
-        intermediate_size=48,
-        num_heads=2,
-        num_key_value_heads=1,
-        max_length=32,
-        tie_embeddings=True,
-        initializer_range=0.25,
-    )
-    return build_model(config, build_character_tokenizer("0123456789+"), seed=seed)
 
 
 def require_same(made: Sequence[Completion], wanted: Sequence[Completion]) -> None:
@@ -61,9 +40,9 @@ def pid_of(handle: EngineHandle) -> int:
 
 def test_it_is_mended_after_it_was_killed_and_leaves_nothing() -> None:
     """New weights arrive, sleep gives the cache back, and a killed one draws what it would have drawn."""
-    model = policy(seed=1)
+    model = policy(tied=True, seed=1)
     strategy, children = get_strategy({"strategy": "single"}), set(psutil.Process().children())
-    with strategy.setup_inference_engine(ENGINE, actor=policy(seed=0)) as handle:
+    with strategy.setup_inference_engine(ENGINE, actor=policy(tied=True)) as handle:
         assert strategy.update_engine_weights(handle, model).max_logprob_difference < 1e-4
         made = strategy.gather_and_generate(handle, PROMPTS, HOT)
         handle.engine.sleep(handle)
@@ -81,7 +60,7 @@ def test_it_is_mended_after_it_was_killed_and_leaves_nothing() -> None:
 
 def test_hf_draws_the_same_tokens_after_its_process_was_killed() -> None:
     """In a process of its own it draws what it draws in the trainer's; killed, what it would have drawn."""
-    first, second = policy(seed=0), policy(seed=1)
+    first, second = policy(tied=True), policy(tied=True, seed=1)
     strategy = get_strategy({"strategy": "single"})
     with (
         strategy.setup_inference_engine(EngineConfig(type="hf", process="own"), actor=first) as apart,
@@ -101,7 +80,7 @@ def test_hf_draws_the_same_tokens_after_its_process_was_killed() -> None:
 def test_what_it_refuses_it_refuses_from_afar() -> None:
     """A cache that does not hold one sequence is a setting of the user's, wherever the engine runs."""
     strategy, children = get_strategy({"strategy": "single"}), set(psutil.Process().children())
-    config = EngineConfig(type="vllm", process="own", cache_gb=1e-6)
+    config = attrs.evolve(ENGINE, cache_gb=1e-6)
     with pytest.raises(ConfigError, match="cache_gb=1e-06 does not suffice"):
-        strategy.setup_inference_engine(config, actor=policy(seed=0))
+        strategy.setup_inference_engine(config, actor=policy(tied=True))
     assert set(psutil.Process().children()) <= children

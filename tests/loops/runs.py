@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+import os
+import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import attrs
@@ -64,3 +67,17 @@ def in_dir(config: Config, folder: Path) -> Config:
 def without(rows: Sequence[dict[str, object]], *keys: str) -> list[dict[str, object]]:
     """Return rows without some keys."""
     return [{key: value for key, value in row.items() if key not in keys} for row in rows]
+
+
+def run_to_death(program: Callable[[], object]) -> None:
+    """Run a program in a forked child, which must end by the SIGKILL that it sends to itself."""
+    child = os.fork()
+    if child == 0:
+        gc.disable()  # what is collected here may wait for threads that only the parent has
+        try:
+            program()
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL

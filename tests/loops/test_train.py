@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import attrs
 import pytest
-from runs import in_dir, parts_of, tiny_config
+from runs import in_dir, parts_of, run_to_death, tiny_config
 
 from lightrft.config.root import Config
 from lightrft.errors import CheckpointError, ConfigError, InterruptedRunError
@@ -88,19 +88,13 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     whole, killed = in_dir(config, tmp_path / "whole"), in_dir(config, tmp_path / "killed")
     run(whole)
     for row_of_death in (2, 5, 7):
-        child = os.fork()
-        if child == 0:
-            gc.disable()  # what is collected here may wait for threads that only the parent has
-            die_at_row(killed, row_of_death)
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status)
-        assert os.WTERMSIG(status) == signal.SIGKILL
+        run_to_death(partial(die_at_row, killed, row_of_death))
     run(killed)
     assert metrics(killed) == metrics(whole)
 
 
 def die_at_row(config: Config, row_of_death: int) -> None:
-    """Run in a forked child until so many rows of metrics were logged, then die without any clean-up."""
+    """Run until so many rows of metrics were logged, then die without any clean-up."""
     tracker = build_file_tracker(config.run.dir)
 
     def log(channel: str, row: dict[str, object]) -> None:
@@ -108,10 +102,7 @@ def die_at_row(config: Config, row_of_death: int) -> None:
         if channel == "metrics" and len(metrics(config).splitlines()) == row_of_death:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    try:
-        train(get_strategy(config), config, parts_of(config), tracker=attrs.evolve(tracker, log=log))
-    finally:
-        os._exit(1)
+    train(get_strategy(config), config, parts_of(config), tracker=attrs.evolve(tracker, log=log))
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:

@@ -138,6 +138,20 @@ def test_an_engine_of_one_s_own_is_one_argument() -> None:
         strategy.setup_inference_engine(EngineConfig(type="mien"), actor=nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("engine", ["hf", "vllm", "scripted"])
+def test_an_engine_without_a_server_refuses_its_address(engine: str) -> None:
+    """A setting that would be ignored is refused, before the engine's package is looked for."""
+    with pytest.raises(ConfigError, match=rf"url='http://a:1' is of a server and the engine '{engine}' has none"):
+        ENGINES[engine](EngineConfig(type=engine, url="http://a:1"))
+
+
+def test_a_server_is_in_a_process_of_its_own_already() -> None:
+    """Another one around it is refused; the server's own package need not be installed here."""
+    with pytest.raises(ConfigError, match="process='own' is for an engine that is started here"):
+        ENGINES["sglang"](EngineConfig(type="sglang", url="http://a:1", process="own"))
+    assert ENGINES["sglang"](EngineConfig(type="sglang", url="http://a:1")).capabilities == frozenset()
+
+
 def test_unknown_engines_are_listed_with_the_nearest() -> None:
     """Without engines of one's own the registered ones are looked through."""
     strategy = get_strategy({"strategy": "single", "engine_type": "script"})

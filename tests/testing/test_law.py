@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from lightrft.errors import LawError
-from lightrft.testing.law import Check, Harness, for_all
+from lightrft.testing.law import Check, Harness, for_all, on_each_rank
 from lightrft.testing.ranks.here import run_here
-from lightrft.testing.subject import Rank, subject_of
+from lightrft.testing.subject import Program, Rank, subject_of
 
 
 @attrs.frozen(kw_only=True)
@@ -89,3 +89,30 @@ def test_a_program_begins_with_streams_that_follow_from_its_strategy() -> None:
     first, again, other = (run(draw_three, Numbers(low=low, high=0)) for low in (3, 3, 4))
     assert first == again != other
     assert torch.equal(torch.get_rng_state(), stream)
+
+
+def test_a_law_of_one_rank_is_held_against_each() -> None:
+    """A program runs once for a case, on all ranks; the law sees what one of them saw, and its number is told."""
+    ran: list[Numbers] = []
+
+    def run(program: Program[Numbers, int], case: Numbers) -> list[int]:
+        ran.append(case)
+        return [case.low, case.high]
+
+    def holds(harness: Harness, case: Numbers) -> None:
+        (first,) = harness.run(draw_three, case)
+        (again,) = harness.run(draw_three, attrs.evolve(case))
+        (other,) = harness.run(draw_three, attrs.evolve(case, low=case.low + 1, high=case.high + 1))
+        assert first == again == other - 1
+        if first >= 50:
+            raise LawError(f"{first} is not below 50.")
+
+    on_ranks = attrs.evolve(harness(world_size=2), run=run)
+    on_each_rank(holds)(on_ranks, Numbers(low=1, high=49))
+    assert ran == [Numbers(low=1, high=49), Numbers(low=2, high=50)]
+    with pytest.raises(LawError, match="high=50 is not") as caught:
+        for_all(numbers, on_each_rank(below_fifty))(on_ranks)
+    assert "on rank 0" in caught.value.__notes__
+    with pytest.raises(LawError, match="50 is not") as later:
+        on_each_rank(holds)(on_ranks, Numbers(low=1, high=50))
+    assert later.value.__notes__ == ["on rank 1"]

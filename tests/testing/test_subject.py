@@ -32,7 +32,7 @@ def test_an_engine_is_reached_through_a_strategy(target: object) -> None:
     model: nn.Module = build_model(ModelCase())
     with strategy.setup_inference_engine(subject.engine, actor=model) as engine:
         assert engine.status == "awake"
-        assert engine.engine.capabilities == frozenset()
+        assert engine.engine.capabilities == frozenset({"seeds"})
 
 
 def test_a_builder_has_a_name() -> None:

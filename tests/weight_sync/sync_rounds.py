@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, TypeAlias, cast
 
 import attrs
@@ -10,8 +11,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from lightrft.backends.plain_model import is_spread
 from lightrft.strategy.protocols import Completion, Prompt, SamplingParams
 from lightrft.testing.subject import Rank
+from lightrft.weight_sync import make_probe
 
 Kind: TypeAlias = Literal["tied", "untied", "adapter", "experts"]
 
@@ -23,7 +26,7 @@ _SAMPLING = SamplingParams(temperature=1.3, max_new_tokens=4, seed=5)
 _SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,  # heads of 32, the smallest that vLLM's attention takes on a CPU
-    "intermediate_size": 48,
+    "intermediate_size": 16,  # that of `lightrft.testing.cases.policies`, whose servers can then be shared
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
@@ -58,12 +61,16 @@ class Seen:
         differences: between the completions' logprobs and the trainer's own forward after each sync, in nats.
         moved: how far the logprobs of the first completions were from what they became.
         kept: whether every sync left each bit of the trainer's tensors as it was.
+        asked: tokens of the text of a probe.
+        spread: whether a forward pass is known to be a matter of all ranks.
     """
 
     probed: list[float]
     differences: list[float]
     moved: float
     kept: bool
+    asked: tuple[int, ...]
+    spread: bool
 
 
 def build(kind: Kind, *, seed: int = 0, expert_size: int = 40) -> nn.Module:
@@ -124,5 +131,33 @@ def run(rank: Rank, case: Case) -> Seen:
             kept = kept and all(torch.equal(before[name], tensor) for name, tensor in strategy.named_tensors(model))
             made = strategy.gather_and_generate(engine, prompts, _SAMPLING)
             differences.append(distance(made, model))
+        asked = make_probe(engine, model)[0].prompt.token_ids
     strategy.barrier()
-    return Seen(probed=probed, differences=differences, moved=distance(first, model), kept=kept)
+    return Seen(
+        probed=probed,
+        differences=differences,
+        moved=distance(first, model),
+        kept=kept,
+        asked=asked,
+        spread=is_spread(model),
+    )
+
+
+def break_off(rank: Rank, case: str) -> None:
+    """Let the trainer's forward pass break off on one rank, in the first layer, in a sync."""
+    strategy = rank.build(rank.config)
+    strategy.setup_distributed()
+    model = strategy.prepare(build("untied"))
+    with strategy.setup_inference_engine(rank.engine, actor=model) as engine:
+        if rank.rank == rank.world_size - 1:
+            layer = strategy.unwrap_model(model).get_submodule("model.layers.0.mlp")
+            layer.register_forward_pre_hook(partial(_raise, case))
+        try:
+            strategy.update_engine_weights(engine, model)
+        finally:
+            assert engine.status == "torn"
+
+
+def _raise(words: str, *call: object) -> None:
+    del call
+    raise OSError(words)

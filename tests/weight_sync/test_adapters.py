@@ -11,12 +11,20 @@ from types import ModuleType
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
-from lightrft.backends.adapters import merged_model, merged_stream
+from lightrft.backends.adapters import (
+    adapter_tensors,
+    base_model,
+    merged_model,
+    merged_stream,
+    only_adapter,
+    parted_stream,
+)
 from lightrft.backends.training.parameters import named_tensors
-from lightrft.errors import UnsupportedError
+from lightrft.config import EngineConfig
+from lightrft.errors import ConfigError, UnsupportedError
 from lightrft.strategy import get_strategy
 
 VARIANTS = ["plain", "alpha", "dora", "embedding", "bias", "head", "named task"]
@@ -56,6 +64,68 @@ def test_one_that_is_merged_already_is_merged_once(programs: ModuleType) -> None
     model.merge_adapter()
     assert same(dict(merged_stream(model, named_tensors(model))), wanted)
     assert same(dict(merged_model(model).state_dict()), wanted)
+
+
+def test_the_parts_are_those_of_peft(programs: ModuleType) -> None:
+    """Apart from one another, adapter and base are what peft saves and what it unloads, each once."""
+    model: PeftModel = programs.adapted_llama(0)
+    saved = get_peft_model_state_dict(model)
+    own = {name.removeprefix("base_model.model."): tensor for name, tensor in saved.items()}
+    base = copy.deepcopy(model).unload().state_dict()
+    streamed = dict(parted_stream(model, named_tensors(model), with_base=True))
+    assert own
+    assert same(dict(parted_stream(model, named_tensors(model), with_base=False)), own)
+    assert same(adapter_tensors(only_adapter(model)), own)
+    assert same({name: streamed.pop(name) for name in own}, own)
+    assert same(streamed, base)
+    assert same(dict(base_model(only_adapter(model)).state_dict()), base)
+    model.merge_adapter()
+    for refused in (lambda: base_model(only_adapter(model)), lambda: dict(parted_stream(model, (), with_base=False))):
+        with pytest.raises(UnsupportedError, match=r"is merged into .*; call unmerge_adapter\(\) first"):
+            refused()
+
+
+def test_an_engine_that_takes_no_adapter_says_so(programs: ModuleType) -> None:
+    """Where an adapter is to be sent apart and the engine does not look at it, nothing is merged quietly."""
+    config = EngineConfig(type="hf", adapters="sent")
+    with pytest.raises(UnsupportedError, match=r"engine\.adapters='sent' is not for the engine 'hf'"):
+        get_strategy({"strategy": "single"}).setup_inference_engine(config, actor=programs.adapted_llama(0))
+
+
+def with_a_trained_norm(programs: ModuleType) -> nn.Module:
+    model: PeftModel = programs.adapted_llama(0)
+    model.get_base_model().get_parameter("model.norm.weight").requires_grad_(requires_grad=True)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "said"),
+    [
+        (lambda p: p.llama(0, tied=True), ConfigError, "has nothing to send, .*; use .*'merged', or wrap"),
+        (with_a_trained_norm, UnsupportedError, r"model\.norm\.weight is trained outside of the adapter"),
+        (lambda p: p.adapted_llama(0, "bias"), UnsupportedError, r"q_proj\.bias and 5 more are trained outside"),
+        (lambda p: p.adapted_llama(0, "head", tied=False), UnsupportedError, r"lm_head\.weight is trained outside"),
+    ],
+    ids=["nothing", "norm", "biases", "head"],
+)
+def test_what_a_sent_adapter_would_leave_behind_is_refused(
+    programs: ModuleType, make: Callable[[ModuleType], nn.Module], error: type[Exception], said: str
+) -> None:
+    """Nothing is synced whole that was to be sent, and nothing that is trained stays with the trainer unsaid."""
+    config = EngineConfig(type="hf", adapters="sent")
+    with pytest.raises(error, match=rf"^engine\.adapters='sent'.*{said}") as refused:
+        get_strategy({"strategy": "single"}).setup_inference_engine(config, actor=make(programs))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_process_that_takes_no_adapter_is_never_started(
+    programs: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be is refused before anybody waits for a process."""
+    config = EngineConfig(type="hf", process="own", adapters="sent")
+    monkeypatch.delattr("subprocess.Popen.__init__")
+    with pytest.raises(UnsupportedError, match=r"adapters='sent' is not for the engine 'hf' with engine.process='own'"):
+        get_strategy({"strategy": "single"}).setup_inference_engine(config, actor=programs.adapted_llama(0))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

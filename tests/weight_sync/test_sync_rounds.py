@@ -32,7 +32,10 @@ def sync_rounds() -> Iterator[ModuleType]:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_after_rounds_of_training_the_engine_is_the_trainer(sync_rounds: ModuleType, name: str) -> None:
-    """Under every strategy, models with adapters and with experts arrive whole, and the trainer is only read."""
+    """Under every strategy, models with adapters and with experts arrive whole, and the trainer is only read.
+
+    A forward pass of a sharded model that breaks off on one rank is raised there as it is: the others are in it.
+    """
     world_size, settings = SETTINGS[name]
     config = StrategyConfig.from_mapping(settings)
     subject = subject_of(str(config.strategy), "strategy", config=config, engine=EngineConfig(type="hf"))
@@ -43,3 +46,8 @@ def test_after_rounds_of_training_the_engine_is_the_trainer(sync_rounds: ModuleT
                 assert max(seen.differences) < 1e-5, kind
                 assert seen.moved > 1e-2, kind
                 assert seen.kept, kind
+                assert seen.spread is (world_size > 1), kind
+                assert seen.asked == (0, 2, 4, 5, 7, 8, 10, 12), kind  # spread over all 13 tokens
+        if name == "fsdp2":  # it is the last that these processes do
+            with pytest.raises(OSError, match="no room for a layer"):
+                run(sync_rounds.break_off, "no room for a layer")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import weakref
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lightrft.backends.collectives.single import build_collectives
 from lightrft.backends.rollout.scripted import build_scripted
 from lightrft.backends.rollout.serving import build_rollout
 from lightrft.config.sections import EngineConfig, ModelConfig
@@ -21,8 +24,25 @@ from lightrft.models.build import build_model
 from lightrft.models.tokenizer import build_character_tokenizer
 from lightrft.strategy import get_strategy
 from lightrft.strategy.config import StrategyConfig
-from lightrft.strategy.protocols.rollout import BuildEngine, EngineHandle, EngineSource, Prompt, Rollout, SamplingParams
-from lightrft.weight_sync import BUCKET_BYTES, in_buckets, probe_difference, probe_engine, transfer, transfer_weights
+from lightrft.strategy.protocols.rollout import (
+    BuildEngine,
+    Completion,
+    EngineHandle,
+    EngineSource,
+    Prompt,
+    Rollout,
+    SamplingParams,
+)
+from lightrft.weight_sync import (
+    BUCKET_BYTES,
+    in_buckets,
+    judge_probe,
+    make_probe,
+    probe_difference,
+    probe_engine,
+    transfer,
+    transfer_weights,
+)
 
 
 def tiny_model(seed: int) -> nn.Module:
@@ -45,7 +65,13 @@ def serve(config: StrategyConfig) -> Rollout:
     def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         yield from model.state_dict().items()
 
-    return build_rollout(config, find_engine=find_engine, named_tensors=named_tensors, unwrap_model=unwrap_model)
+    return build_rollout(
+        config,
+        build_collectives(config),
+        find_engine=find_engine,
+        named_tensors=named_tensors,
+        unwrap_model=unwrap_model,
+    )
 
 
 @settings(max_examples=50, deadline=None)
@@ -188,6 +214,88 @@ def test_a_masked_token_has_no_share_in_the_scale(mask: float) -> None:
     assert probe_engine(start(trainer), trainer).scale == pytest.approx(3.0)
 
 
+def test_a_model_in_bfloat16_is_held_to_the_bound_of_bfloat16() -> None:
+    """Parameters in bfloat16 round whatever the strategy is told, and a sync of them is right all the same."""
+    trainer = tiny_model(1)
+    engine = serve(StrategyConfig(engine_type="scripted")).setup_inference_engine(actor=trainer)
+    report = serve(StrategyConfig()).update_engine_weights(engine, tiny_model(2).bfloat16())
+    assert 1e-5 < report.max_logprob_difference < 0.03
+
+
+class Routed(nn.Module):
+    """A mixture of two experts: in bfloat16 a token whose scores are nearly equal goes to the first instead."""
+
+    def __init__(self, near: Iterable[int]) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Embedding(32, 2), nn.ModuleList([nn.Embedding(32, 32) for _ in range(2)])
+        with torch.no_grad():
+            self.router.weight.copy_(torch.tensor([1.0, 2.0]))
+            self.router.weight[list(near)] = torch.tensor([1.0, 1.001])
+            for logit, expert in zip((2.0, 4.0), self.experts, strict=True):
+                expert.get_parameter("weight").copy_(logit * torch.eye(32).roll(1, 1))
+
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        first, second = self.router(ids_BT).unbind(-1)
+        return torch.where((second > first)[..., None], self.experts[1](ids_BT), self.experts[0](ids_BT))
+
+
+def test_single_tokens_of_a_mixture_may_go_to_another_expert() -> None:
+    """In bfloat16 a few tokens far off are rounding, most of them are not, and in float32 none is."""
+    few, most = Routed([6, 10]), Routed(range(32))
+    found = probe_engine(start(few), copy.deepcopy(few).bfloat16())
+    assert found.agrees
+    assert found.difference > found.bound
+    assert probe_engine(start(few), few, bf16=True).difference < 1e-5
+    assert not probe_engine(start(most), copy.deepcopy(most).bfloat16()).agrees
+    with torch.no_grad():
+        other = copy.deepcopy(few)
+        other.router.weight[[6, 10]] = torch.tensor([2.0, 1.0])
+    assert not probe_engine(start(few), other).agrees
+
+
+@pytest.mark.parametrize("wrong", [0.5, math.nan])
+def test_a_prompt_of_a_mixture_that_is_wrong_as_a_whole_is_noticed(wrong: float) -> None:
+    """The tokens of a right prompt do not outvote those of a wrong one, and no logprob that is not finite agrees."""
+    model = Routed([]).bfloat16()
+    (right,) = make_probe(start(model), model)
+    logprobs = tuple(logprob - wrong for logprob in right.completion.logprobs)
+    other = attrs.evolve(right, completion=attrs.evolve(right.completion, logprobs=logprobs))
+    assert judge_probe([right, right], model).agrees
+    assert not judge_probe([right, other], model).agrees
+    one_nan = (math.nan, *right.completion.logprobs[1:])
+    other = attrs.evolve(right, completion=attrs.evolve(right.completion, logprobs=one_nan))
+    assert not judge_probe([right, other], model).agrees
+
+
+def test_every_forward_of_a_probe_is_made_before_anything_is_compared() -> None:
+    """Where the model is sharded, other ranks are in the next forward when one cannot compare what the last gave."""
+    model = tiny_model(1)
+    (right,) = make_probe(start(model), model)
+    other = attrs.evolve(right, completion=attrs.evolve(right.completion, logprobs=(0.0, 0.0)))
+    calls: list[object] = []
+    model.register_forward_pre_hook(lambda *call: calls.append(call))
+    with pytest.raises(RuntimeError, match="size"):
+        judge_probe([other, right], model)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("token_ids", [(1, 2, 3, 99), (-1,), (), (1, 2, 3, 4, 5)])
+def test_a_completion_that_no_forward_could_read_is_refused_before_one(token_ids: tuple[int, ...]) -> None:
+    """A token that the model does not know, none at all, or more than were asked for: other ranks hear of it first."""
+    model = transformer("qwen3", 32)
+    engine = get_strategy({"strategy": "single"}).setup_inference_engine(actor=model)
+    generate = engine.engine.generate
+
+    def other(*call: object) -> list[Completion]:
+        return [attrs.evolve(made, token_ids=token_ids) for made in generate(*call)]  # type: ignore[arg-type]
+
+    engine.engine = attrs.evolve(engine.engine, generate=other)
+    with pytest.raises(
+        EngineStateError, match=r"^generate: the engine made \[.*\], and was asked for 1 to 4 token ids below 5;"
+    ):
+        make_probe(engine, model)
+
+
 class Positioned(nn.Module):
     """A model with more positions than tokens, which does not say which embedding takes the tokens."""
 
@@ -235,7 +343,11 @@ def test_serving_syncs_verifies_and_refuses_a_sync_that_did_not_arrive() -> None
             yield name, tensor * 2.0 if name == "1.weight" else tensor
 
     liar = build_rollout(
-        StrategyConfig(), find_engine=lambda _key: build_scripted, named_tensors=lying, unwrap_model=lambda model: model
+        StrategyConfig(),
+        build_collectives(StrategyConfig()),
+        find_engine=lambda _key: build_scripted,
+        named_tensors=lying,
+        unwrap_model=lambda model: model,
     )
     with pytest.raises(WeightSyncError, match="does not hold the trainer's weights"):
         liar.update_engine_weights(engine, tiny_model(3))

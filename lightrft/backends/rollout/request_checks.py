@@ -10,13 +10,23 @@ import attrs
 
 from lightrft.errors import ConfigError, DataError, UnsupportedError
 from lightrft.models.context import context_size, known_vocabulary_size
+from lightrft.models.images import placeholders_of
+from lightrft.strategy.protocols.capabilities import Capabilities
 from lightrft.strategy.protocols.images import Processor
-from lightrft.strategy.protocols.rollout import EngineSource, SamplingParams
+from lightrft.strategy.protocols.rollout import EngineSource, Prompt, SamplingParams
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["RequestLimits", "check_processor", "check_request", "check_within", "limits_of", "placeholders"]
+__all__ = [
+    "RequestLimits",
+    "check_processor",
+    "check_request",
+    "check_taken",
+    "check_within",
+    "limits_of",
+    "placeholders",
+]
 
 
 @attrs.frozen(kw_only=True)
@@ -58,12 +68,31 @@ def check_processor(source: EngineSource) -> None:
 
 
 def placeholders(processor: Processor | None) -> tuple[int, ...]:
-    """Return the token ids that stand for images, which no completion may have.
+    """Return the token ids that stand for images or videos, which no completion may have.
 
     Args:
-        processor: of the model, if it takes images.
+        processor: of the model, if it takes them.
     """
-    return () if processor is None else (processor.image_token_id,)
+    return tuple(placeholders_of(processor))
+
+
+def check_taken(prompts: Sequence[Prompt], *, engine: str, takes: Capabilities) -> None:
+    """Raise unless an engine takes what prompts have.
+
+    Args:
+        prompts: any number of prompts.
+        engine: its name.
+        takes: what it claims.
+
+    Raises:
+        UnsupportedError: a prompt has images or videos, and the engine takes none.
+    """
+    for index, prompt in enumerate(prompts):
+        for kind, seen in (("images", prompt.images), ("videos", prompt.videos)):
+            if seen and kind not in takes:
+                raise UnsupportedError(
+                    f"prompts[{index}] has {kind} and the engine {engine!r} takes none; leave them out."
+                )
 
 
 def check_request(

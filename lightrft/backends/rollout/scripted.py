@@ -15,7 +15,7 @@ import attrs
 import torch
 
 from lightrft.backends.rollout.lifecycle import guarded
-from lightrft.backends.rollout.request_checks import check_request
+from lightrft.backends.rollout.request_checks import check_request, check_taken
 from lightrft.backends.rollout.weights import ModelCopy, begin_write, check_coverage, copy_model, write_tensors
 from lightrft.errors import ConfigError, UnsupportedError
 from lightrft.models.tokenizer import encode_text
@@ -56,10 +56,7 @@ def build_scripted(config: EngineConfig) -> Engine:
     def generate(handle: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
         state = _state(handle)
         _check_sampling(sampling)
-        for index, prompt in enumerate(prompts):
-            if prompt.images:
-                message = f"prompts[{index}] has images and the engine 'scripted' takes text; leave them out."
-                raise UnsupportedError(message)
+        check_taken(prompts, engine="scripted", takes=engine.capabilities)
         check_request(state.weights.model, [prompt.token_ids for prompt in prompts], sampling, range(len(prompts)))
         completions: list[Completion] = []
         for prompt in prompts:
@@ -86,7 +83,7 @@ def build_scripted(config: EngineConfig) -> Engine:
         handle.state = None
 
     engine = Engine(
-        capabilities=frozenset(),
+        capabilities=frozenset({"seeds"}),
         start=start,
         generate=generate,
         begin_update=begin_update,

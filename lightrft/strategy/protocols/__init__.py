@@ -9,7 +9,7 @@ from lightrft.strategy.protocols.checkpointing import (
     LoadedCheckpoint,
 )
 from lightrft.strategy.protocols.collectives import Collectives, ReduceOp, TensorTree, World
-from lightrft.strategy.protocols.images import Image, Processor
+from lightrft.strategy.protocols.images import Image, Processor, Video, VideoProcessor
 from lightrft.strategy.protocols.rollout import (
     BuildEngine,
     Completion,
@@ -57,5 +57,7 @@ __all__ = [
     "Tokenizer",
     "Trainable",
     "Training",
+    "Video",
+    "VideoProcessor",
     "World",
 ]

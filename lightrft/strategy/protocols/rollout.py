@@ -10,7 +10,7 @@ import attrs
 from lightrft.config._checks import at_least, between
 from lightrft.config.sections import EngineConfig
 from lightrft.strategy.protocols.capabilities import Capabilities
-from lightrft.strategy.protocols.images import Image, Processor
+from lightrft.strategy.protocols.images import Image, Processor, Video
 
 if TYPE_CHECKING:
     import torch
@@ -89,13 +89,16 @@ class Prompt:
     """One request to an engine.
 
     Attributes:
-        token_ids: ids of the prompt's tokens, at least one; each image has one, the processor's placeholder
-            `image_token_id`, which the engine replaces by the tokens that the processor gives that image.
+        token_ids: ids of the prompt's tokens, at least one; each image and each video has one, the processor's
+            placeholder `image_token_id` or `video_token_id`, which the engine replaces by the tokens that the processor
+            gives it.
         images: the images in the order of their placeholders.
+        videos: the videos in the order of theirs.
     """
 
     token_ids: tuple[int, ...]
     images: tuple[Image, ...] = ()
+    videos: tuple[Video, ...] = ()
 
 
 @attrs.frozen(kw_only=True)
@@ -133,7 +136,7 @@ class Completion:
 
     Attributes:
         prompt_ids: the prompt's token ids as the model read them: each placeholder is replaced by the tokens of its
-            image; without images they are those that were asked for.
+            image or video; without any they are those that were asked for.
         token_ids: sampled ids, with the stop token if one ended it.
         logprobs: log-probability of each sampled id under the policy at the sampling temperature, before top-k and
             top-p.
@@ -157,12 +160,14 @@ class EngineSource:
     Attributes:
         model: the plain model whose architecture and weights the engine begins with.
         tokenizer: its tokenizer, for engines that take or give text; None for those that do not.
-        processor: its processor, for prompts with images; None refuses them.
+        processor: its processor, for prompts with images or videos; None refuses them.
+        adapted: peft's model around a copy of `model`, where its adapter is sent apart from the base; else None.
     """
 
     model: nn.Module
     tokenizer: Tokenizer | None
     processor: Processor | None = None
+    adapted: nn.Module | None = None
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -174,9 +179,10 @@ class EngineHandle:
         status: where it is in its life; set by those functions.
         weight_version: how many updates were committed.
         state: what the engine itself keeps.
-        processor: what the engine reads images with; None if it takes none.
+        processor: what the engine reads images and videos with; None if it takes none.
         weights: streams the weights of this version again, for an engine that lost them; set by the strategy, whose
             ranks all call it together. None where nobody can.
+        takes_adapter: whether it began with `EngineSource.adapted`; an update may then bring the adapter alone.
     """
 
     engine: Engine
@@ -185,6 +191,7 @@ class EngineHandle:
     state: object
     processor: Processor | None = None
     weights: StreamWeights | None = None
+    takes_adapter: bool = False
 
     def __enter__(self) -> Self:
         """Return the handle, for a `with` block that closes the engine at its end."""
@@ -254,11 +261,11 @@ class Generate(Protocol):
             EngineStateError: the engine is not awake.
             EngineCrashError: its process ended or hung; it is "torn", and the next update starts it again, once.
             DataError: a prompt is empty, has a token outside of the model's vocabulary, leaves no room in its context,
-                or has another number of images than of placeholders; its index is named.
+                or has another number of images or videos than of their placeholders; its index is named.
             ConfigError: sampling parameters that cannot be met: `min_new_tokens` exceeds `max_new_tokens`, a stop token
                 is outside of the vocabulary, or prompt and `max_new_tokens` together exceed the context.
             UnsupportedError: the engine cannot do what the request asks for, such as images; see `CAPABILITIES`. An
-                engine that takes images was started without a processor.
+                engine that takes them was started without a processor.
         """
         ...
 
@@ -289,7 +296,8 @@ class PutTensors(Protocol):
             tensors: (name, tensor) with the names of the plain model.
 
         Raises:
-            WeightSyncError: a name is unknown or was written before, or a shape differs.
+            WeightSyncError: a name is unknown or was written before, or a shape differs. What else an engine refuses it
+                may say in a later call of the update, in `commit` at the latest.
         """
         ...
 
@@ -445,7 +453,7 @@ class SetupInferenceEngine(Protocol):
             config: kind and settings of the engine; None takes the strategy's `engine_type` with its defaults.
             actor: the prepared or plain model.
             tokenizer: its tokenizer, for engines that take or give text.
-            processor: its processor, for prompts with images.
+            processor: its processor, for prompts with images or videos.
 
         Raises:
             ConfigError: no engine is registered under this name.
@@ -458,6 +466,8 @@ class EngineGenerateLocal(Protocol):
 
     def __call__(self, engine: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
         """Return n completions of each of this rank's prompts, in order; other ranks need not call it.
+
+        Ranks that run one engine together (`EngineConfig.tensor_parallel_size`) call it together, too.
 
         Args:
             engine: an engine that is awake.
@@ -473,10 +483,10 @@ class GatherAndGenerate(Protocol):
     def __call__(self, engine: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
         """Return n completions of each of this rank's prompts, in order.
 
-        Every rank calls it, with any number of prompts, with images or without.
+        Every rank calls it, with any number of prompts, with images or videos or without.
 
         Laws: the outputs do not depend on how the prompts are split over the ranks; where the process of an engine
-        ended before they were there, they are those that it would have made.
+        ended before they were there, they are those that it would have made; what one rank cannot do is raised on all.
 
         Args:
             engine: an engine that is awake.
@@ -495,8 +505,9 @@ class UpdateEngineWeights(Protocol):
     def __call__(self, engine: EngineHandle, actor: nn.Module) -> SyncReport:
         """Return what was written, after the engine's logprobs were held against the trainer's on a probe.
 
-        Law: afterwards the engine's logprobs equal the trainer's, and every parameter of the engine was written, or the
-        call raises and the engine is "torn".
+        Laws: afterwards the engine's logprobs equal the trainer's, and every parameter of the engine was written, or
+        the call raises and the engine is "torn"; on several ranks it succeeds on all of them, or raises on all and
+        names the rank that it failed on.
 
         Args:
             engine: an engine that is awake or torn.
@@ -504,6 +515,7 @@ class UpdateEngineWeights(Protocol):
 
         Raises:
             WeightSyncError: names are missing or left over, shapes differ, or the probe disagrees.
+            EngineCrashError: the process of an engine ended or hung for the second time.
         """
         ...
 

@@ -17,12 +17,14 @@ from lightrft.config import (
 )
 from lightrft.config.redaction import is_secret
 from lightrft.config.sections import (
+    ADAPTER_NAMES,
     ADVANTAGE_NAMES,
     AGGREGATION_NAMES,
     CORRECTION_NAMES,
     KL_NAMES,
     LOSS_NAMES,
     PROCESS_NAMES,
+    TRANSPORT_NAMES,
 )
 from lightrft.config.strategy import LONGEST_TIMEOUT, SCHEDULERS
 
@@ -90,6 +92,11 @@ def strategy_configs(draw: DrawFn) -> StrategyConfig:
 
 
 def _engines() -> SearchStrategy[EngineConfig]:
+    return st.tuples(st.sampled_from(PROCESS_NAMES), st.sampled_from(ADAPTER_NAMES)).flatmap(_engines_with)
+
+
+def _engines_with(process_and_adapters: tuple[str, str]) -> SearchStrategy[EngineConfig]:
+    process, adapters = process_and_adapters
     return st.builds(
         EngineConfig,
         type=_names(),
@@ -100,8 +107,12 @@ def _engines() -> SearchStrategy[EngineConfig]:
         min_new_tokens=_counts(),
         batch_size=_counts(1),
         script=st.lists(_texts(), max_size=3).map(tuple),
-        process=st.sampled_from(PROCESS_NAMES),
+        process=st.just(process),
+        transport=st.sampled_from(TRANSPORT_NAMES) if process == "own" else st.just("memory"),
+        adapters=st.just(adapters),
         timeout_seconds=st.floats(0, LONGEST_TIMEOUT, exclude_min=True),
+        tensor_parallel_size=_counts(1) if (process, adapters) == ("trainer", "merged") else st.just(1),
+        url=st.sampled_from(["", "http://127.0.0.1:30000", "https://[::1]:8443/"]),
     )
 
 

@@ -112,6 +112,7 @@ def running(
         processor: the model's, if it takes images.
     """
     strategy = rank.build(rank.config)
+    strategy.setup_distributed()
     config = rank.engine if batch_size is None else attrs.evolve(rank.engine, batch_size=batch_size)
     with strategy.setup_inference_engine(config, actor=actor, processor=processor) as handle:
         yield handle

@@ -77,7 +77,7 @@ def hold(
         max_examples: bound on the examples of each law.
         seed: of the examples; equal seeds draw equal ones.
         example: JSON of the one case to look at, which a broken law gave; only for one law.
-        ranks: where they run; None runs one rank here, and several as processes.
+        ranks: where they run; None runs one rank here, and several as processes, as an engine's always do.
         on_finding: is told of each finding at once; None tells nobody.
 
     Raises:
@@ -211,6 +211,9 @@ def run_on(subject: Subject, ranks: RanksKind | None, world_size: int) -> Genera
         subject: what is held to the laws.
         ranks: where they run; None runs one rank here, and several as processes.
         world_size: how many there are.
+
+    Raises:
+        ConfigError: an engine is to run on simulated ranks.
     """
     chosen = ranks or ("here" if world_size == 1 else "processes")
     if chosen == "here":
@@ -218,6 +221,11 @@ def run_on(subject: Subject, ranks: RanksKind | None, world_size: int) -> Genera
 
         yield run_here(subject)
     elif chosen == "simulated":
+        if subject.kind == "engine":
+            raise ConfigError(
+                f"ranks='simulated' is for strategies whose collectives are simulated, and {subject.name!r} is an "
+                "engine; use 'processes'."
+            )
         from lightrft.testing.ranks.simulated import run_simulated_ranks
 
         yield run_simulated_ranks(subject, world_size)

@@ -43,7 +43,7 @@ def kind_of_target(target: str) -> SubjectKind:
 
 
 def claims_of(subject: Subject) -> Capabilities:
-    """Return what a subject claims: the strategy's capabilities and those of its engine.
+    """Return what a subject claims: the strategy's capabilities and those of its engine, of which each rank has one.
 
     Args:
         subject: what is built for that; an engine is started on a small model, and closed.
@@ -57,7 +57,10 @@ def claims_of(subject: Subject) -> Capabilities:
         return strategy.capabilities | find_engine(subject.engine.type)(subject.engine).capabilities
     _built(subject, subject.build_engine, subject.engine, Engine)
     strategy = subject.build(subject.config)
-    return strategy.capabilities | _claims_of_engine(strategy, subject.engine)
+    # what several ranks run together claims what one runs, and here is one
+    alone = attrs.evolve(subject.engine, tensor_parallel_size=1)
+    one_each: Capabilities = frozenset({"ranks"})
+    return strategy.capabilities | _claims_of_engine(strategy, alone) | one_each
 
 
 def _built(subject: Subject, build: Callable[[_Config], _Record], config: _Config, record: type[_Record]) -> _Record:

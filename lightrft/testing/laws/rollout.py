@@ -19,14 +19,14 @@ from lightrft.strategy.record import Strategy
 from lightrft.testing.cases.policies import VOCABULARY, PolicyCase, build_policy, generate, policy_cases, policy_for
 from lightrft.testing.cases.prompts import prompt_cases, sampling_cases
 from lightrft.testing.law import Harness, Law, for_all
-from lightrft.testing.laws import rollout_images
+from lightrft.testing.laws import rollout_images, rollout_ranks
 from lightrft.testing.reference.completions import (
     Refusal,
     refusal,
     require_logprobs,
     require_refusal,
     require_requests,
-    require_same_draws,
+    require_same,
     require_same_greedy,
 )
 from lightrft.testing.subject import Rank
@@ -90,16 +90,8 @@ def _generating(harness: Harness, case: _Split) -> None:
         require_logprobs(made.together, model, temperature=case.sampling.temperature)
         # one call with all prompts in rank order is what any split must give
         wanted = made.alone[start * case.sampling.n : (start + len(share)) * case.sampling.n]
-        if case.sampling.temperature == 0:
-            require_same_greedy(made.together, wanted, model)
-        else:
-            require_same_draws(
-                made.together,
-                wanted,
-                why="completions do not depend on the split over the ranks",
-                again=again,
-                seed=case.sampling.seed,
-            )
+        why = "completions do not depend on the split over the ranks"
+        require_same(made.together, wanted, model, sampling=case.sampling, why=why, again=again)
 
 
 @attrs.frozen(kw_only=True)
@@ -441,5 +433,6 @@ LAWS: tuple[Law, ...] = (
         check=for_all(_unknown_names, _unknown_engine),
     ),
     *rollout_images.LAWS,
+    *rollout_ranks.LAWS,
 )
 """What strategies do around engines."""

@@ -26,8 +26,7 @@ from lightrft.testing.law import Harness, Law, for_all
 from lightrft.testing.reference.completions import (
     require_logprobs,
     require_requests,
-    require_same_draws,
-    require_same_greedy,
+    require_same,
 )
 from lightrft.testing.subject import Rank
 
@@ -92,11 +91,8 @@ def _generating(harness: Harness, case: _Split) -> None:
         require_logprobs(made.together, model, temperature=sampling.temperature, beside=read.beside)
         # one call with all prompts in rank order is what any split must give
         wanted = made.alone[start * sampling.n : (start + len(share)) * sampling.n]
-        if sampling.temperature == 0:
-            require_same_greedy(made.together, wanted, model, beside=read.beside)
-        else:
-            why = "completions do not depend on the split over the ranks"
-            require_same_draws(made.together, wanted, why=why, again=again, seed=sampling.seed)
+        why = "completions do not depend on the split over the ranks"
+        require_same(made.together, wanted, model, sampling=sampling, why=why, again=again, beside=read.beside)
 
 
 LAWS: tuple[Law, ...] = (

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightrft.config import EngineConfig
+from lightrft.models.images import placeholders_of
 from lightrft.strategy.protocols import Completion, EngineHandle, Prompt, SamplingParams
 from lightrft.strategy.protocols.rollout import Engine, Generate
 from lightrft.testing.cases.policies import CONTEXT, VOCABULARY
@@ -214,11 +215,18 @@ def _one_more_token(prompts: Sequence[Prompt], sampling: SamplingParams) -> _Req
 
 
 def _without_images(prompts: Sequence[Prompt], sampling: SamplingParams) -> _Request:
-    return [attrs.evolve(prompt, images=()) for prompt in prompts], sampling
+    return [attrs.evolve(prompt, images=(), videos=()) for prompt in prompts], sampling
 
 
 def _images_reversed(prompts: Sequence[Prompt], sampling: SamplingParams) -> _Request:
     return [attrs.evolve(prompt, images=prompt.images[::-1]) for prompt in prompts], sampling
+
+
+def _frames_reversed(prompts: Sequence[Prompt], sampling: SamplingParams) -> _Request:
+    return [
+        attrs.evolve(prompt, videos=tuple(attrs.evolve(one, frames=one.frames[::-1]) for one in prompt.videos))
+        for prompt in prompts
+    ], sampling
 
 
 def _first_image_alone(prompts: Sequence[Prompt], sampling: SamplingParams) -> _Request:
@@ -228,11 +236,18 @@ def _first_image_alone(prompts: Sequence[Prompt], sampling: SamplingParams) -> _
 def _counted_images(
     right: Generate, handle: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams
 ) -> list[Completion]:
-    """Leave out images without a placeholder."""
+    """Leave out images and videos without a placeholder."""
     if handle.processor is None:
         return right(handle, prompts, sampling)
-    token = handle.processor.image_token_id
-    counted = [attrs.evolve(each, images=each.images[: each.token_ids.count(token)]) for each in prompts]
+    tokens = {kind: token for token, kind in placeholders_of(handle.processor).items()}
+    counted = [
+        attrs.evolve(
+            each,
+            images=each.images[: each.token_ids.count(tokens["image"])],
+            videos=each.videos[: each.token_ids.count(tokens.get("video", -1))],
+        )
+        for each in prompts
+    ]
     return right(handle, counted, sampling)
 
 
@@ -413,13 +428,19 @@ MUTANTS: tuple[Mutant, ...] = (
     engine_mutant(
         "engine.order.one_more_token", "Completions have one token more than asked for.", _asking(_one_more_token)
     ),
-    engine_mutant("engine.refusals.dropped_images", "Images are dropped without a word.", _asking(_without_images)),
+    engine_mutant(
+        "engine.refusals.dropped_images", "Images and videos are dropped without a word.", _asking(_without_images)
+    ),
     engine_mutant("engine.images.reversed", "The images of a prompt come in reverse order.", _asking(_images_reversed)),
     engine_mutant(
         "engine.images.first_alone", "Every image of a prompt is its first one.", _asking(_first_image_alone)
     ),
     engine_mutant(
         "engine.image_refusals.left_out", "Images without a placeholder are left out.", _generating(_counted_images)
+    ),
+    engine_mutant("engine.videos.reversed", "The frames of a video come in reverse order.", _asking(_frames_reversed)),
+    engine_mutant(
+        "engine.video_refusals.left_out", "Videos without a placeholder are left out.", _generating(_counted_images)
     ),
     engine_mutant(
         "engine.image_update.old_eyes", "An image is seen with the first weights for ever.", _blind_to_updates

@@ -6,7 +6,7 @@ from typing import Protocol, cast
 
 import attrs
 
-from lightrft.backends.rollout.decoder import RefreshWeights
+from lightrft.backends.rollout.hf.decoder import RefreshWeights
 from lightrft.backends.rollout.weights import ModelCopy
 from lightrft.strategy.protocols import EngineHandle, EngineSource
 from lightrft.strategy.protocols.rollout import Engine

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Protocol
 
@@ -11,6 +11,9 @@ import attrs
 import torch
 from torch import nn
 
+from lightrft.backends.collectives.single import build_collectives
+from lightrft.backends.rollout.serving import build_setup_inference_engine
+from lightrft.backends.rollout.syncing import sync_engines
 from lightrft.config import EngineConfig
 from lightrft.errors import ConfigError, WeightSyncError
 from lightrft.strategy.config import StrategyConfig
@@ -24,6 +27,7 @@ from lightrft.strategy.protocols import (
     Tokenizer,
 )
 from lightrft.strategy.record import Strategy
+from lightrft.strategy.registry import find_engine
 from lightrft.testing.mutants.mutant import BreakStrategy, Mutant, strategy_mutant
 from lightrft.testing.replicated import build_simulated
 from lightrft.weight_sync import transfer_weights
@@ -206,6 +210,45 @@ def _untorn(strategy: Strategy, config: StrategyConfig) -> Strategy:
     return attrs.evolve(strategy, update_engine_weights=update_engine_weights)
 
 
+def _unheard(strategy: Strategy, config: StrategyConfig) -> Strategy:
+    of_one_rank = build_collectives(config)
+
+    def update_engine_weights(engine: EngineHandle, actor: nn.Module) -> SyncReport:
+        def weights() -> Iterable[tuple[str, torch.Tensor]]:
+            return strategy.named_tensors(actor)
+
+        return sync_engines(of_one_rank, engine, actor, weights=weights, bf16=False)
+
+    return attrs.evolve(strategy, update_engine_weights=update_engine_weights)
+
+
+def _started_alone(strategy: Strategy, config: StrategyConfig) -> Strategy:
+    return attrs.evolve(
+        strategy,
+        setup_inference_engine=build_setup_inference_engine(
+            config,
+            build_collectives(config),
+            find_engine=find_engine,
+            named_tensors=strategy.named_tensors,
+            unwrap_model=strategy.unwrap_model,
+        ),
+    )
+
+
+def _torn_alone(strategy: Strategy, config: StrategyConfig) -> Strategy:
+    del config
+
+    def update_engine_weights(engine: EngineHandle, actor: nn.Module) -> SyncReport:
+        try:
+            return strategy.update_engine_weights(engine, actor)
+        except Exception as error:
+            if f"rank {strategy.get_rank()}" not in str(error):
+                engine.status = "awake"
+            raise
+
+    return attrs.evolve(strategy, update_engine_weights=update_engine_weights)
+
+
 def _always_asleep(strategy: Strategy, config: StrategyConfig) -> Strategy:
     del config
 
@@ -292,6 +335,34 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     strategy_mutant("rollout.failed_update.forgiven", "After a failed sync the engine is awake.", _forgiven),
     strategy_mutant("rollout.failed_update.untorn", "After a sync that broke off the update stays open.", _untorn),
+    strategy_mutant(
+        "rollout.one_rank_fails.unheard",
+        "A sync that fails on one rank goes through on the others.",
+        _unheard,
+        of=build_simulated,
+        world_size=2,
+    ),
+    strategy_mutant(
+        "rollout.one_rank_fails.started_alone",
+        "Ranks start their engines although one has none.",
+        _started_alone,
+        of=build_simulated,
+        world_size=2,
+    ),
+    strategy_mutant(
+        "rollout.one_rank_fails.torn_alone",
+        "The engines of other ranks go on with the weights that one could not take.",
+        _torn_alone,
+        of=build_simulated,
+        world_size=2,
+    ),
+    strategy_mutant(
+        "rollout.one_rank_fails.apart",
+        "Ranks generate without a word to one another.",
+        _gathering(_apart),
+        of=build_simulated,
+        world_size=2,
+    ),
     strategy_mutant("rollout.sleep.always_asleep", "The engine sleeps whatever the config says.", _always_asleep),
     strategy_mutant("rollout.sleep.never_asleep", "The engine never sleeps.", _never_asleep),
     strategy_mutant("rollout.sleep.never_woken", "The engine is never woken.", _never_woken),

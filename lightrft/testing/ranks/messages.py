@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import sys
-import traceback
 from collections.abc import Mapping
 from importlib import import_module
-from typing import TypeGuard, TypeVar, cast, get_type_hints
+from typing import TypeVar, cast, get_type_hints
 
 import attrs
 
-from lightrft import errors
 from lightrft.config import EngineConfig, StrategyConfig
-from lightrft.errors import ConfigError, LawError
+from lightrft.errors import ConfigError
+from lightrft.failures import Failure
 from lightrft.testing.subject import Program, Subject, SubjectKind, find_builder
 
 __all__ = [
     "CLOSE",
-    "Failure",
     "Job",
     "Reply",
     "Start",
-    "failure_of",
     "find_program",
     "name_of_program",
-    "raised_by",
     "start_of_subject",
     "types_of_program",
 ]
@@ -74,23 +69,6 @@ class Job:
     case: str
     directory: str
     group: int
-
-
-@attrs.frozen(kw_only=True)
-class Failure:
-    """An exception that a worker raised.
-
-    Attributes:
-        kind: name of its type.
-        message: what it says.
-        notes: what was added to it.
-        traceback: where it was raised, as Python prints it.
-    """
-
-    kind: str
-    message: str
-    notes: tuple[str, ...]
-    traceback: str
 
 
 @attrs.frozen(kw_only=True)
@@ -143,42 +121,6 @@ def _settings(config: StrategyConfig | EngineConfig) -> str:
 def _is_setting(field: attrs.Attribute[object], value: object) -> bool:
     del value
     return field.name != "args"  # where a StrategyConfig came from
-
-
-def failure_of(error: BaseException) -> Failure:
-    """Return an exception as plain data.
-
-    Args:
-        error: the exception.
-    """
-    return Failure(
-        kind=type(error).__name__,
-        message=str(error),
-        notes=tuple(getattr(error, "__notes__", ())),
-        traceback="".join(traceback.format_exception(error)),
-    )
-
-
-def raised_by(failure: Failure, rank: int) -> BaseException:
-    """Return the exception again, with a note of its rank: of the same type if that is Python's or ours, else LawError.
-
-    Args:
-        failure: what a worker raised.
-        rank: its number.
-    """
-    kind = getattr(errors, failure.kind, None) or getattr(builtins, failure.kind, None)
-    try:
-        error = kind(failure.message) if _is_exception(kind) else None
-    except TypeError:  # it takes other arguments
-        error = None
-    error = error or LawError(f"{failure.kind}: {failure.message}")
-    for note in (*failure.notes, f"on rank {rank}", failure.traceback):
-        error.add_note(note)
-    return error
-
-
-def _is_exception(kind: object) -> TypeGuard[type[BaseException]]:
-    return isinstance(kind, type) and issubclass(kind, BaseException)
 
 
 def name_of_program(program: Program[_Case, _Evidence]) -> str:

@@ -16,6 +16,7 @@ import attrs
 from torch._C._distributed_c10d import TCPStore
 
 from lightrft.errors import ConfigError, LawError
+from lightrft.failures import raised_by
 from lightrft.testing.plain import from_json, to_json
 from lightrft.testing.ranks.here import scratch_directory
 from lightrft.testing.ranks.last_call import read_last_call
@@ -25,7 +26,6 @@ from lightrft.testing.ranks.messages import (
     Reply,
     Start,
     name_of_program,
-    raised_by,
     start_of_subject,
     types_of_program,
 )
@@ -162,7 +162,10 @@ def _raise_first(pool: _Pool, replies: dict[int, Reply]) -> None:
     for rank, reply in replies.items():
         if reply.failure is not None:
             pool.group += 1
-            raise raised_by(reply.failure, rank)
+            error = raised_by(reply.failure, otherwise=LawError)
+            for note in (f"on rank {rank}", reply.failure.traceback):
+                error.add_note(note)
+            raise error
 
 
 def _collect(

@@ -26,10 +26,11 @@ from torch.distributed.rendezvous import rendezvous
 
 from lightrft.backends.streams import new_streams, restore_streams
 from lightrft.config import EngineConfig, StrategyConfig
+from lightrft.failures import failure_of
 from lightrft.testing.plain import from_json, to_json
 from lightrft.testing.ranks.here import strategies_torn_down
 from lightrft.testing.ranks.last_call import with_last_call
-from lightrft.testing.ranks.messages import CLOSE, Job, Reply, Start, failure_of, find_program, types_of_program
+from lightrft.testing.ranks.messages import CLOSE, Job, Reply, Start, find_program, types_of_program
 from lightrft.testing.subject import Subject, subject_of
 
 __all__ = ["main"]

@@ -11,6 +11,7 @@ from typing import ParamSpec, Protocol
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from lightrft.errors import LawError
@@ -26,6 +27,7 @@ __all__ = [
     "require_logprobs",
     "require_refusal",
     "require_requests",
+    "require_same",
     "require_same_draws",
     "require_same_greedy",
     "trainer_logits",
@@ -123,13 +125,24 @@ def trainer_logits(
     with torch.no_grad():
         logits = (
             # one by one: images of several sequences are arranged in a way of each model's own
-            [_logits(model(row_T[None], **inputs))[0] for row_T, inputs in zip(rows, beside, strict=True)]
+            [
+                _logits(model(row_T[None], **_as_long_as(row_T, inputs)))[0]
+                for row_T, inputs in zip(rows, beside, strict=True)
+            ]
             if beside
             # what follows a sequence on the right cannot be seen by a causal model
             else _logits(model(pad_sequence(rows, batch_first=True)))
         )
     places = [(len(completion.prompt_ids) - 1, len(completion.token_ids)) for completion in made]
     return [row_TV[start : start + length] for row_TV, (start, length) in zip(logits, places, strict=True)]
+
+
+def _as_long_as(row_T: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what a model is given beside a prompt with types of text for the completion, where tokens have types."""
+    return {
+        name: pad(tensor, (0, len(row_T) - tensor.shape[-1])) if name.endswith("token_type_ids") else tensor
+        for name, tensor in inputs.items()
+    }
 
 
 def _logits(output: Tensor) -> Tensor:
@@ -262,6 +275,36 @@ def require_same_draws(
                 f"{why}: with seed={seed} completions differ, and with seed={other} {len(different)} of {len(wanted)} "
                 f"do, {seen} must be {must}."
             )
+
+
+def require_same(
+    made: Sequence[Completion],
+    wanted: Sequence[Completion],
+    model: nn.Module,
+    *,
+    sampling: SamplingParams,
+    why: str,
+    again: DrawAgain,
+    beside: Sequence[Mapping[str, Tensor]] = (),
+) -> None:
+    """Raise unless completions are the same: up to their first tie at temperature 0, by their draws at others.
+
+    Args:
+        made: the completions.
+        wanted: what they must be.
+        model: the trainer's model, which says what is a tie.
+        sampling: how tokens were drawn.
+        why: the rule, in words.
+        again: draws both with another seed.
+        beside: as for `trainer_logits`.
+
+    Raises:
+        LawError: they differ.
+    """
+    if sampling.temperature == 0:
+        require_same_greedy(made, wanted, model, beside=beside)
+    else:
+        require_same_draws(made, wanted, why=why, again=again, seed=sampling.seed)
 
 
 _NUM_OTHER_SEEDS = 3

@@ -52,9 +52,14 @@ class OwnError(LightRFTError):
 
 
 @pytest.mark.parametrize(
-    ("raised", "kind"), [(EngineStateError("it is torn."), EngineStateError), (OwnError("it is torn."), LightRFTError)]
+    ("raised", "kind", "words"),
+    [
+        (EngineStateError("it is torn."), EngineStateError, "rank 1: it is torn."),
+        (OwnError("it is torn."), LightRFTError, "rank 1: OwnError: it is torn."),
+        (ZeroDivisionError("by zero"), ZeroDivisionError, "rank 1: by zero"),
+    ],
 )
-def test_what_one_rank_refuses_all_refuse_with_its_number(raised: LightRFTError, kind: type[LightRFTError]) -> None:
+def test_what_one_rank_refuses_all_refuse_with_its_number(raised: Exception, kind: type[Exception], words: str) -> None:
     """Nobody waits for completions that never come: the same error on all ranks, and its cause where it was raised."""
 
     def program(rank: int) -> tuple[str, bool]:
@@ -68,4 +73,4 @@ def test_what_one_rank_refuses_all_refuse_with_its_number(raised: LightRFTError,
             build_gather_and_generate(COLLECTIVES, generate)(handle_of(), prompts_of(1), SamplingParams())
         return str(refused.value), refused.value.__cause__ is raised
 
-    assert run_simulated(3, program) == [("rank 1: it is torn.", rank == 1) for rank in range(3)]
+    assert run_simulated(3, program) == [(words, rank == 1) for rank in range(3)]

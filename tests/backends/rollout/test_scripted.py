@@ -199,7 +199,7 @@ def test_missing_tensors_are_counted_and_the_first_five_named() -> None:
 def test_what_would_choose_among_tokens_is_refused(name: str, value: float) -> None:
     """An engine that draws nothing claims no sampling, and names the setting that it cannot follow."""
     handle = start("ab")
-    assert handle.engine.capabilities == frozenset()
+    assert handle.engine.capabilities == frozenset({"seeds"})
     sampling = SamplingParams(max_new_tokens=4, **{name: value})
     with pytest.raises(UnsupportedError, match=rf"^{name}={value} chooses among tokens .*; leave it at "):
         handle.engine.generate(handle, [Prompt(token_ids=(1,))], sampling)

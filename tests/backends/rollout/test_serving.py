@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightrft.backends.collectives.single import build_collectives
 from lightrft.backends.rollout.scripted import build_scripted
 from lightrft.backends.rollout.serving import RolloutFunctions, build_rollout
 from lightrft.config.sections import EngineConfig
@@ -37,7 +38,13 @@ def serve(config: StrategyConfig, *, scale: float = 1.0, asked: list[str] | None
         for name, tensor in model.state_dict().items():
             yield name, tensor * (scale if name == "1.weight" else 1.0)
 
-    return build_rollout(config, find_engine=find_engine, named_tensors=named_tensors, unwrap_model=unwrap_model)
+    return build_rollout(
+        config,
+        build_collectives(config),
+        find_engine=find_engine,
+        named_tensors=named_tensors,
+        unwrap_model=unwrap_model,
+    )
 
 
 def test_the_engine_is_the_configs_unless_one_is_passed() -> None:

@@ -18,8 +18,11 @@ from lightrft.strategy import ENGINES, STRATEGIES, Strategy, StrategyConfig
 from lightrft.strategy.protocols import CAPABILITIES, BuildStrategy, Capabilities, Engine, EngineHandle, EngineSource
 from lightrft.testing.conformance.hold import draw_settings, hold, hold_law, run_on
 from lightrft.testing.conformance.report import Finding
+from lightrft.testing.conformance.target import claims_of
 from lightrft.testing.law import Harness, Law, Worlds, for_all
 from lightrft.testing.laws.registry import ENGINE_LAWS, STRATEGY_LAWS, choose_laws
+from lightrft.testing.ranks.processes import processes
+from lightrft.testing.ranks.spawn import SpawnRank
 from lightrft.testing.replicated import build_simulated
 from lightrft.testing.subject import Rank, Subject, subject_of
 
@@ -78,6 +81,19 @@ def test_two_processes_obey_every_law(settings: dict[str, object]) -> None:
         ranks="processes",
     )
     assert [finding for finding in report.findings if finding.outcome == "broken"] == []
+
+
+def test_an_engine_on_each_of_two_processes_obeys_every_law(spawn: SpawnRank) -> None:
+    """Each rank has an engine of its own, in a real group; so `lightrft conformance hf --world-size 2` does."""
+    subject = subject_of("scripted", "engine")
+    claims = claims_of(subject)
+    with processes(subject, 2, spawn=spawn) as run:
+        harness = Harness(subject=subject, run=run, world_size=2, settings=draw_settings(2), seed=0, example=None)
+        found = [hold_law(law, harness, claims=claims) for law in ENGINE_LAWS.values()]
+    assert [finding for finding in found if finding.outcome == "broken"] == []
+    assert {"engine.record", "engine.update", "engine.close", "engine.life"} <= {
+        finding.law for finding in found if finding.outcome == "holds"
+    }
 
 
 def broken(subject: Subject, law: str) -> list[Finding]:
@@ -324,6 +340,12 @@ def test_a_subject_that_cannot_be_built_is_no_finding() -> None:
         hold(subject_of(build, "strategy"), [law()])
     with pytest.raises(MissingPackageError, match="subject"):
         hold(subject_of(build_engine, "engine"), [law()])
+
+
+def test_engines_are_not_held_on_simulated_ranks() -> None:
+    """There is no group that they would be in."""
+    with pytest.raises(ConfigError, match=r"ranks='simulated' is for strategies .*, and 'hf' is an engine; use"):
+        hold(subject_of("hf", "engine"), [law()], world_sizes=(2,), ranks="simulated")
 
 
 def test_an_engine_that_breaks_while_it_starts_is_held_to_everything() -> None:

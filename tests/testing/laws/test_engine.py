@@ -171,10 +171,3 @@ def test_an_example_of_a_law_can_be_looked_at_again() -> None:
     law.check(_harness(example))
     with pytest.raises(ConfigError, match="example="):
         law.check(_harness('{"prompts": 3}'))
-
-
-def test_a_sequence_of_calls_is_no_example() -> None:
-    """The law of an engine's life refuses an example and says which seed to draw with."""
-    (law,) = engine.life.LAWS
-    with pytest.raises(ConfigError, match=r"example='\{\}' .*seed=0"):
-        law.check(_harness("{}"))

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import cast
 
 import attrs
 import torch
 
-from lightrft.backends.rollout.apart.memory import Segment, free_segment, new_segment, size_of, write_bucket
-from lightrft.backends.rollout.apart.messages import Answer, Bucket, Call, Request, Saved, Start, raised_by
-from lightrft.backends.rollout.apart.process import EngineProcess, ask, await_answer, end_process, start_process, tell
+from lightrft.backends.rollout.apart.buckets import BUFFER_BYTES, Bucket
+from lightrft.backends.rollout.apart.messages import Answer, Call, Request, Saved, Start
+from lightrft.backends.rollout.apart.process import (
+    EngineProcess,
+    ask,
+    await_answer,
+    await_until,
+    end_process,
+    raise_failure,
+    start_process,
+    tell,
+)
 from lightrft.backends.rollout.apart.recipe import recipe_of, tensors_for
+from lightrft.backends.rollout.apart.transport import Line, Sender
+from lightrft.backends.rollout.apart.transports import TRANSPORTS
 from lightrft.backends.rollout.lifecycle import guarded
+from lightrft.backends.rollout.weights import checked
 from lightrft.config.sections import EngineConfig
 from lightrft.errors import EngineCrashError, UnsupportedError
 from lightrft.strategy.protocols.checkpointing import SavesTokenizer
@@ -36,12 +50,11 @@ from lightrft.weight_sync import in_buckets
 
 __all__ = ["ApartState", "build_apart"]
 
-_SEGMENT_BYTES = 16 * 2**20
-"""Size of each of the two segments: their memory is fetched once, and a copy of it stays in the caches of a processor
-while the other process reads it. A larger tensor has a segment of its size."""
+_SLOTS = (0, 1, 2, 3)
+"""Buffers of a bucket: more than two, so that neither process waits whenever the other one is slow for a moment."""
 
-_NUM_SEGMENTS = 2
-"""One is written while the other is read."""
+_LARGE_SLOTS = (4, 5)
+"""Buffers of the size of a tensor that is larger: one is written while the other is read."""
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -51,26 +64,34 @@ class ApartState:
     Attributes:
         start: from what its process is started, but for the parent.
         buffers: tensors of the model that no update brings.
+        shapes: of the tensors that an update brings, by name.
         timeout: seconds that a call may take.
+        sender: the end from which weights go there.
         process: where it runs; one that has ended stays here until another one takes its place.
         crash: what ended it, if that has not been mended.
         num_crashes: how often it ended or hung.
-        segments: shared memory by slot.
+        owed: slots of the buckets that the process was told of and has not answered, the oldest first.
+        refused: its first answer to a bucket that is a failure.
         digests: of the weights of its version, by name.
         sent: of those that the update under way has brought.
+        written: names that it has brought.
         wanted: what `sent` must be at the commit; None takes any.
         lost_by: what ended the process whose weights are wanted.
     """
 
     start: Start
     buffers: dict[str, torch.Tensor]
+    shapes: dict[str, torch.Size]
     timeout: float
+    sender: Sender
     process: EngineProcess
     crash: EngineCrashError | None = None
     num_crashes: int = 0
-    segments: dict[int, Segment] = attrs.field(factory=dict[int, Segment])
+    owed: deque[int] = attrs.field(factory=deque[int])
+    refused: Answer | None = None
     digests: dict[str, int] = attrs.field(factory=dict[str, int])
     sent: dict[str, int] = attrs.field(factory=dict[str, int])
+    written: set[str] = attrs.field(factory=set[str])
     wanted: dict[str, int] | None = None
     lost_by: EngineCrashError | None = None
 
@@ -92,11 +113,16 @@ def build_apart(build: BuildEngine, config: EngineConfig) -> Engine:
     inner = build(config)
 
     def start(source: EngineSource) -> EngineHandle:
-        tensors = tensors_for(source.model)
+        tensors, start = tensors_for(source.model), _start_of(source, builder, config)
+        updated = source.model.state_dict()
         state = ApartState(
-            start=_start_of(source, builder, config),
-            buffers={name: tensors[name].clone() for name in tensors.keys() - source.model.state_dict().keys()},
+            start=start,
+            buffers={name: tensors[name].clone() for name in tensors.keys() - updated.keys()},
+            shapes={name: tensor.shape for name, tensor in updated.items()},
             timeout=config.timeout_seconds,
+            sender=TRANSPORTS[config.transport].open_sender(
+                device=torch.device(start.model.device), timeout=config.timeout_seconds
+            ),
             process=start_process(timeout=config.timeout_seconds),
         )
         try:
@@ -123,16 +149,21 @@ def build_apart(build: BuildEngine, config: EngineConfig) -> Engine:
     def begin_update(handle: EngineHandle) -> None:
         state = _state(handle)
         state.sent = {}
+        state.written.clear()
+        _refusal(state)  # of an update that broke off
         if state.crash is not None:
             _start_again(state)
         _call(handle, Request(call="begin_update"))
 
     def put(handle: EngineHandle, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        # checked here, as the process reads the last buckets while the trainer gathers the next ones: what else it says
+        # of them is raised by a later call
         state = _state(handle)
-        state.sent |= _send(state, "put", tensors)
+        state.sent |= _send(state, "put", checked(tensors, shapes=state.shapes, written=state.written))
 
     def commit(handle: EngineHandle) -> int:
         state = _state(handle)
+        _settle(state)
         if state.wanted is not None and state.sent != state.wanted:
             raise EngineCrashError(
                 f"weight_version={handle.weight_version} is lost with the process of the engine, and the trainer has "
@@ -203,15 +234,18 @@ def _start_of(source: EngineSource, builder: str, config: EngineConfig) -> Start
 
 
 def _saved(what: Tokenizer | Processor, name: str) -> Saved:
-    if not hasattr(what, "save_pretrained"):
+    kind = type(what)
+    is_found = hasattr(sys.modules.get(kind.__module__), kind.__qualname__)
+    if not is_found or not hasattr(what, "save_pretrained"):
+        problem = "cannot be saved" if is_found else f"is not found in {kind.__module__!r} by its name"
         raise UnsupportedError(
-            f"{name}={type(what).__name__} cannot be saved, so it does not travel to an engine in a process of "
-            "its own; use engine.process='trainer'."
+            f"{name}={kind.__name__} {problem}, so it does not travel to an engine in a process of its own; "
+            "use engine.process='trainer'."
         )
     with tempfile.TemporaryDirectory() as directory:
         cast("SavesTokenizer", what).save_pretrained(directory)
         files = {path.name: path.read_bytes() for path in Path(directory).iterdir() if path.is_file()}
-    return Saved(kind=f"{type(what).__module__}:{type(what).__qualname__}", files=files)
+    return Saved(kind=f"{kind.__module__}:{kind.__qualname__}", files=files)
 
 
 def _start(state: ApartState, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
@@ -221,6 +255,7 @@ def _start(state: ApartState, tensors: dict[str, torch.Tensor]) -> dict[str, int
     start = attrs.evolve(state.start, parent=os.getpid() if is_main else 0)
     ask(state.process, Request(call="prepare", start=start))
     digests = _send(state, "fill", tensors.items())
+    _settle(state)
     ask(state.process, Request(call="start"))
     return {name: digest for name, digest in digests.items() if name not in state.buffers}
 
@@ -248,6 +283,7 @@ def _call(handle: EngineHandle, request: Request) -> Answer:
     state = _state(handle)
     if state.crash is not None:
         raise EngineCrashError(str(state.crash)) from state.crash
+    _await_all(state)
     try:
         return ask(state.process, request)
     except EngineCrashError as error:
@@ -264,62 +300,89 @@ def _call_if_running(handle: EngineHandle, call: Call) -> None:
 
 
 def _note(state: ApartState, error: EngineCrashError) -> None:
+    if state.crash is error:  # noted further in
+        return
     state.crash = error
     state.num_crashes += 1
     _free(state)
 
 
 def _send(state: ApartState, call: Call, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, int]:
-    """Return the digests of the tensors, after the process has read all of them."""
+    """Return the digests of the tensors, which may change from now on; the process may not have read all of them.
+
+    Raises:
+        WeightSyncError: as the engine said of an earlier bucket.
+        EngineCrashError: its process has ended.
+    """
     digests: dict[str, int] = {}
-    answers: list[Answer] = []
-    num_sent = 0
-    try:
-        for bucket in in_buckets(tensors, bucket_bytes=_SEGMENT_BYTES):
-            if num_sent >= _NUM_SEGMENTS:  # the one that is written now was read
-                answers.append(await_answer(state.process))
-                _raise_first(answers)
-            digests |= _send_bucket(state, call, num_sent % _NUM_SEGMENTS, bucket)
-            num_sent += 1
-    except EngineCrashError as error:
-        _note(state, error)
-        raise
-    finally:
-        _await_rest(state, answers, num_sent)
-    _raise_first(answers)
+    for bucket in in_buckets(tensors, bucket_bytes=BUFFER_BYTES):
+        slot = _free_slot(state, sum(tensor.nbytes for _, tensor in bucket))
+        if state.refused is not None:
+            _settle(state)
+        try:
+            digests |= _send_bucket(state, call, slot, bucket)
+        except EngineCrashError as error:
+            _note(state, error)
+            raise
     return digests
 
 
+def _free_slot(state: ApartState, size: int) -> int:
+    """Return a slot for a bucket of this size, after the process has read what was there."""
+    slots = _SLOTS if size <= BUFFER_BYTES else _LARGE_SLOTS
+    while all(slot in state.owed for slot in slots):
+        _await_answer(state)
+    return next(slot for slot in slots if slot not in state.owed)
+
+
 def _send_bucket(
-    state: ApartState, call: Call, slot: int, bucket: Sequence[tuple[str, torch.Tensor]]
+    state: ApartState, call: Call, slot: int, tensors: Sequence[tuple[str, torch.Tensor]]
 ) -> dict[str, int]:
-    size, segment = size_of(bucket), state.segments.get(slot)
-    is_new = segment is None or segment.size < size
-    if segment is None or segment.size < size:
-        if slot in state.segments:
-            free_segment(state.segments.pop(slot))
-        # a small model takes little, and a large one need not be measured bucket by bucket
-        segment = new_segment(max(size, min(_SEGMENT_BYTES, 1 << size.bit_length())))
-        state.segments[slot] = segment
-    placed = write_bucket(segment, bucket)
-    request = Request(call=call, bucket=Bucket(slot=slot, size=segment.size if is_new else 0, tensors=placed))
-    tell(state.process, request, *([segment.file] if is_new else []))
-    return {one.name: one.digest for one in placed}
+    def tell_of(bucket: Bucket, *files: int) -> None:
+        state.owed.append(slot)  # before, or an interrupt between the two would leave an answer that belongs to nothing
+        tell(state.process, Request(call=call, bucket=bucket), *files)
+
+    def await_beside(is_done: Callable[[], bool]) -> bool:
+        if await_until(state.process, is_done):
+            return True
+        _await_answer(state)
+        return False
+
+    line = Line(tell=tell_of, await_until=await_beside)
+    return {one.name: one.digest for one in state.sender.send(slot, tensors, line, finite=call == "put")}
 
 
-def _await_rest(state: ApartState, answers: list[Answer], num_sent: int) -> None:
+def _await_answer(state: ApartState) -> None:
+    """Wait until the process has read the oldest of the buckets that it was told of."""
     try:
-        while len(answers) < num_sent and state.process.is_running:
-            answers.append(await_answer(state.process))
+        answer = await_answer(state.process)
     except EngineCrashError as error:
         _note(state, error)
         raise
+    state.owed.popleft()
+    if answer.failure is not None and state.refused is None:
+        state.refused = answer
 
 
-def _raise_first(answers: Sequence[Answer]) -> None:
-    for answer in answers:
-        if answer.failure is not None:
-            raise raised_by(answer.failure)
+def _await_all(state: ApartState) -> None:
+    while state.owed and state.process.is_running:
+        _await_answer(state)
+
+
+def _settle(state: ApartState) -> None:
+    """Wait until the process has read all buckets, and raise what it said of the first that it refused."""
+    answer = _refusal(state)
+    if answer is not None:
+        raise_failure(answer)
+
+
+def _refusal(state: ApartState) -> Answer | None:
+    """Return what the process said of the first bucket that it refused, once it has read all, and forget that."""
+    _await_all(state)
+    answer, state.refused = state.refused, None
+    if answer is not None:  # its end may have broken off
+        state.sender.free()
+    return answer
 
 
 def _end(state: ApartState) -> None:
@@ -328,9 +391,8 @@ def _end(state: ApartState) -> None:
 
 
 def _free(state: ApartState) -> None:
-    for segment in state.segments.values():
-        free_segment(segment)
-    state.segments.clear()
+    state.sender.free()
+    state.owed.clear()
 
 
 def _state(handle: EngineHandle) -> ApartState:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import mmap
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 import attrs
 import torch
 
+from lightrft.backends.rollout.apart.buckets import Bucket, Placed, read_bucket, room_for, size_of, write_bucket
+from lightrft.backends.rollout.apart.transport import Line, Receiver, Sender, Transport
 from lightrft.errors import UnsupportedError, WeightSyncError
 
-__all__ = ["Placed", "Segment", "free_segment", "map_segment", "new_segment", "read_bucket", "size_of", "write_bucket"]
-
-_ALIGNMENT = 64
-"""Bytes; that of torch's own memory, and a multiple of the size of every dtype."""
+__all__ = ["TRANSPORT", "Segment", "bytes_of", "free_segment", "map_segment", "new_segment"]
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -34,34 +32,6 @@ class Segment:
     size: int
 
 
-@attrs.frozen(kw_only=True)
-class Placed:
-    """A tensor in a segment.
-
-    Attributes:
-        name: what it is called.
-        dtype: name of its dtype.
-        shape: its shape.
-        offset: where its bytes begin.
-        digest: CRC-32 of its bytes.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    digest: int
-
-
-def size_of(tensors: Sequence[tuple[str, torch.Tensor]]) -> int:
-    """Return the bytes that a bucket takes in a segment.
-
-    Args:
-        tensors: the bucket.
-    """
-    return sum(_aligned(tensor.nbytes) for _, tensor in tensors)
-
-
 def new_segment(size: int) -> Segment:
     """Return new memory.
 
@@ -73,7 +43,9 @@ def new_segment(size: int) -> Segment:
         UnsupportedError: the system has no such memory.
     """
     if not hasattr(os, "memfd_create"):
-        raise UnsupportedError("engine.process='own' needs memory that Linux alone has; use engine.process='trainer'.")
+        raise UnsupportedError(
+            "engine.transport='memory' needs memory that Linux alone has; use engine.process='trainer'."
+        )
     file = os.memfd_create("lightrft", os.MFD_CLOEXEC)
     try:
         # taken now, because memory that is missing when it is written to ends the process
@@ -108,66 +80,64 @@ def free_segment(segment: Segment) -> None:
         segment.map.close()
 
 
-def write_bucket(segment: Segment, tensors: Sequence[tuple[str, torch.Tensor]]) -> tuple[Placed, ...]:
-    """Return where the tensors are, after they were copied into a segment.
+def bytes_of(segment: Segment) -> torch.Tensor:
+    """Return the memory itself as a tensor of bytes.
 
     Args:
-        segment: at least as large as `size_of` the tensors.
-        tensors: of any device and layout.
+        segment: it cannot be freed before the tensor is gone.
     """
-    placed: list[Placed] = []
-    offset = 0
-    for name, tensor in tensors:
-        with torch.no_grad():
-            _view(segment, offset, tensor.dtype, tensor.shape).copy_(tensor)
-        placed.append(
-            Placed(
-                name=name,
-                dtype=str(tensor.dtype).removeprefix("torch."),
-                shape=tuple(tensor.shape),
-                offset=offset,
-                digest=_digest(segment, offset, tensor.nbytes),
-            )
-        )
-        offset += _aligned(tensor.nbytes)
-    return tuple(placed)
+    return torch.frombuffer(segment.map, dtype=torch.uint8)
 
 
-def read_bucket(segment: Segment, bucket: Sequence[Placed]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a bucket, which are the shared memory itself, after each was held against its digest.
+def _open_sender(*, device: torch.device, timeout: float) -> Sender:
+    del device, timeout  # the memory is the CPU's, and nobody waits for it
+    segments: dict[int, Segment] = {}
 
-    Args:
-        segment: where they are.
-        bucket: what `write_bucket` returned.
+    def send(slot: int, tensors: Sequence[tuple[str, torch.Tensor]], line: Line, *, finite: bool) -> tuple[Placed, ...]:
+        segment = segments.pop(slot, None)
+        if segment is not None and segment.size < size_of(tensors):
+            free_segment(segment)
+            segment = None
+        is_new = segment is None
+        segment = segment or new_segment(room_for(tensors))
+        try:
+            placed = write_bucket(bytes_of(segment), tensors, finite=finite)
+            bucket = Bucket(slot=slot, size=segment.size if is_new else 0, tensors=placed)
+            line.tell(bucket, *([segment.file] if is_new else []))
+        except BaseException:  # nobody was told of it
+            free_segment(segment)
+            raise
+        segments[slot] = segment
+        return placed
 
-    Raises:
-        WeightSyncError: the bytes are not those that were written.
-    """
-    for one in bucket:
-        tensor = _view(segment, one.offset, _dtype_of(one.dtype), one.shape)
-        if _digest(segment, one.offset, tensor.nbytes) != one.digest:
-            raise WeightSyncError(f"tensor={one.name!r} arrived with other bytes than were sent; sync again.")
-        yield one.name, tensor
+    def free() -> None:
+        _free(segments)
 
-
-def _view(segment: Segment, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
-    count = torch.Size(shape).numel()
-    if not count:  # frombuffer refuses an empty tensor
-        return torch.empty(list(shape), dtype=dtype)
-    return torch.frombuffer(segment.map, dtype=dtype, count=count, offset=offset).view(list(shape))
-
-
-def _digest(segment: Segment, offset: int, num_bytes: int) -> int:
-    with memoryview(segment.map) as view, view[offset : offset + num_bytes] as part:
-        return zlib.crc32(part)
+    return Sender(send=send, free=free)
 
 
-def _dtype_of(name: str) -> torch.dtype:
-    dtype: object = getattr(torch, name)
-    if not isinstance(dtype, torch.dtype):
-        raise WeightSyncError(f"dtype={name!r} is none of torch's; send tensors.")
-    return dtype
+def _open_receiver(*, device: torch.device, timeout: float) -> Receiver:
+    del device, timeout
+    segments: dict[int, Segment] = {}
+
+    def receive(bucket: Bucket, files: list[int]) -> Iterator[tuple[str, torch.Tensor]]:
+        if bucket.size:
+            if bucket.slot in segments:
+                free_segment(segments.pop(bucket.slot))
+            segments[bucket.slot] = map_segment(files.pop(), bucket.size)
+        return read_bucket(bytes_of(segments[bucket.slot]), bucket.tensors)
+
+    def free() -> None:
+        _free(segments)
+
+    return Receiver(receive=receive, free=free)
 
 
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+def _free(segments: dict[int, Segment]) -> None:
+    for segment in segments.values():
+        free_segment(segment)
+    segments.clear()
+
+
+TRANSPORT = Transport(open_sender=_open_sender, open_receiver=_open_receiver)
+"""Through memory that both processes have mapped: without a copy where the engine reads it."""

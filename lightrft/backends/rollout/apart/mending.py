@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 
 from lightrft.backends.rollout.apart.engine import ApartState
 from lightrft.errors import EngineCrashError
-from lightrft.strategy.protocols.rollout import Completion, EngineHandle, Prompt, SamplingParams
+from lightrft.strategy.protocols.rollout import EngineHandle
 from lightrft.weight_sync import transfer_weights
 
-__all__ = ["generate_or_mend", "mend", "stream_along"]
-
-
-def generate_or_mend(handle: EngineHandle, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
-    """Return completions, of an engine that was started again if its process ended or hung before they were there.
-
-    Law: the completions are those that it would have made; draws are by seed, and the weights by their digests.
-
-    Args:
-        handle: an engine that is awake; no other rank has one.
-        prompts: any number of prompts.
-        sampling: how tokens are drawn.
-
-    Raises:
-        EngineCrashError: it ended for the second time, or the trainer has other weights by now.
-    """
-    try:
-        return handle.engine.generate(handle, prompts, sampling)
-    except EngineCrashError as crash:
-        mend(handle, crash)
-        return handle.engine.generate(handle, prompts, sampling)
+__all__ = ["mend", "stream_along"]
 
 
 def mend(handle: EngineHandle, crash: EngineCrashError) -> None:
     """Start an engine again, with the weights that it had; other ranks call `stream_along`, or this.
+
+    Law: what it generates then is what it would have made; draws are by seed, and the weights by their digests.
 
     Args:
         handle: an engine whose process has ended.

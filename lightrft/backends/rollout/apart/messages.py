@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-import builtins
 import functools
 import json
 import operator
 import os
 import socket
 import struct
-import traceback
-from typing import Literal, TypeAlias, TypeGuard, TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 import attrs
 from cattrs.preconf.json import JsonConverter, make_converter
 
-from lightrft import errors
-from lightrft.backends.rollout.apart.memory import Placed
+from lightrft.backends.rollout.apart.buckets import Bucket
 from lightrft.backends.rollout.apart.recipe import Recipe
-from lightrft.errors import LightRFTError
+from lightrft.failures import Failure
 from lightrft.strategy.protocols.rollout import FinishReason, Prompt, SamplingParams
 
 __all__ = [
     "Answer",
-    "Bucket",
     "Call",
-    "Failure",
     "Made",
     "Request",
     "Saved",
     "Start",
+    "decode",
     "encode",
-    "failure_of",
-    "raised_by",
     "receive",
     "send",
     "write",
@@ -88,21 +82,6 @@ class Start:
 
 
 @attrs.frozen(kw_only=True)
-class Bucket:
-    """Tensors in shared memory.
-
-    Attributes:
-        slot: which of the segments.
-        size: bytes of the segment; its descriptor comes along where it is new, else it is 0.
-        tensors: where they are.
-    """
-
-    slot: int
-    size: int
-    tensors: tuple[Placed, ...]
-
-
-@attrs.frozen(kw_only=True)
 class Request:
     """A call, with what it needs."""
 
@@ -121,23 +100,6 @@ class Made:
     logprobs: tuple[float, ...]
     finish_reason: FinishReason
     sample_index: int
-
-
-@attrs.frozen(kw_only=True)
-class Failure:
-    """An exception.
-
-    Attributes:
-        kind: name of its type.
-        message: what it says.
-        notes: what was added to it.
-        traceback: where it was raised, as Python prints it.
-    """
-
-    kind: str
-    message: str
-    notes: tuple[str, ...]
-    traceback: str
 
 
 @attrs.frozen(kw_only=True)
@@ -166,13 +128,23 @@ def send(channel: socket.socket, message: Request | Answer, *files: int) -> None
     write(channel, encode(message), *files)
 
 
-def encode(message: Request | Answer) -> bytes:
+def encode(message: attrs.AttrsInstance) -> bytes:
     """Return a message as `write` takes it.
 
     Args:
         message: what to write; its whole numbers may be NumPy's.
     """
     return json.dumps(_converter().unstructure(message), default=operator.index).encode()
+
+
+def decode(text: bytes, kind: type[_Message]) -> _Message:
+    """Return a message that was encoded.
+
+    Args:
+        text: what `encode` returned.
+        kind: type of the message.
+    """
+    return _converter().structure(json.loads(text), kind)
 
 
 def write(channel: socket.socket, text: bytes, *files: int) -> None:
@@ -203,7 +175,7 @@ def receive(channel: socket.socket, kind: type[_Message]) -> tuple[_Message, lis
     """
     head, files = _read(channel, _LENGTH.size)
     text, _ = _read(channel, _LENGTH.unpack(head)[0])
-    return _converter().structure(json.loads(text), kind), files
+    return decode(text, kind), files
 
 
 def _read(channel: socket.socket, size: int) -> tuple[bytes, list[int]]:
@@ -217,42 +189,6 @@ def _read(channel: socket.socket, size: int) -> tuple[bytes, list[int]]:
         data += part
         files += found
     return bytes(data), files
-
-
-def failure_of(error: Exception) -> Failure:
-    """Return an exception as plain data.
-
-    Args:
-        error: the exception.
-    """
-    return Failure(
-        kind=type(error).__name__,
-        message=str(error),
-        notes=tuple(getattr(error, "__notes__", ())),
-        traceback="".join(traceback.format_exception(error)),
-    )
-
-
-def raised_by(failure: Failure) -> Exception:
-    """Return an exception again: of the same type if that is Python's or ours; its cause says where it was raised.
-
-    Args:
-        failure: what an engine's process answered.
-    """
-    kind = getattr(errors, failure.kind, None) or getattr(builtins, failure.kind, None)
-    try:
-        error = kind(failure.message) if _is_exception(kind) else None
-    except TypeError:  # it takes other arguments
-        error = None
-    error = error or LightRFTError(f"{failure.kind}: {failure.message}")
-    for note in failure.notes:
-        error.add_note(note)
-    error.__cause__ = RuntimeError(f"in the process of the engine:\n{failure.traceback}")
-    return error
-
-
-def _is_exception(kind: object) -> TypeGuard[type[Exception]]:
-    return isinstance(kind, type) and issubclass(kind, Exception)
 
 
 @functools.cache  # a converter compiles one function a type

@@ -10,22 +10,36 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, cast
 
 import attrs
 
-from lightrft.backends.rollout.apart.messages import Answer, Request, encode, raised_by, receive, write
+from lightrft.backends.rollout.apart.messages import Answer, Request, encode, receive, write
 from lightrft.errors import EngineCrashError
+from lightrft.failures import raised_by
 
-__all__ = ["EngineProcess", "ask", "await_answer", "end_process", "start_process", "tell"]
+__all__ = [
+    "EngineProcess",
+    "ask",
+    "await_answer",
+    "await_until",
+    "end_process",
+    "raise_failure",
+    "start_process",
+    "tell",
+]
 
 _LOG_LINES = 20
 """Last lines of what the process printed that are kept."""
 
 _CLOSING_SECONDS = 10.0
 """How long an engine may take to close before its process is ended."""
+
+_ASKED_SECONDS = 0.002
+"""How long nobody asks whether something was done."""
 
 _LAST_WORDS = 65536
 """Bytes that a pipe holds."""
@@ -91,9 +105,22 @@ def ask(process: EngineProcess, request: Request, *files: int) -> Answer:
     """
     tell(process, request, *files)
     answer = await_answer(process)
-    if answer.failure is not None:
-        raise raised_by(answer.failure)
+    raise_failure(answer)
     return answer
+
+
+def raise_failure(answer: Answer) -> None:
+    """Raise what the engine raised instead of answering; the cause says where.
+
+    Args:
+        answer: of the process.
+
+    Raises:
+        Exception: the engine's.
+    """
+    if answer.failure is not None:
+        cause = RuntimeError(f"in the process of the engine:\n{answer.failure.traceback}")
+        raise raised_by(answer.failure) from cause
 
 
 def tell(process: EngineProcess, request: Request, *files: int) -> None:
@@ -144,6 +171,34 @@ def await_answer(process: EngineProcess) -> Answer:
     return answer
 
 
+def await_until(process: EngineProcess, is_done: Callable[[], bool]) -> bool:
+    """Return whether something was done beside answering; not if the process has answered instead.
+
+    Args:
+        process: one that owes an answer.
+        is_done: asked again and again.
+
+    Raises:
+        EngineCrashError: the process has ended, or neither came in time and it was ended.
+    """
+    deadline = time.monotonic() + process.timeout
+    try:
+        while not is_done():
+            with suppress(TimeoutError):
+                _hear(process, time.monotonic() + _ASKED_SECONDS)
+                return False
+            if time.monotonic() > deadline:
+                break
+        else:
+            return True
+    except EOFError:
+        raise _crash(process, None) from None
+    except BaseException:  # as in `await_answer`
+        end_process(process)
+        raise
+    raise _crash(process, f"did not come for {_timeout_words(process)}")
+
+
 def end_process(process: EngineProcess, *, gently: bool = False) -> None:
     """End the process and all that it started, and wait until it is gone.
 
@@ -157,7 +212,10 @@ def end_process(process: EngineProcess, *, gently: bool = False) -> None:
     if gently:
         with suppress(OSError, EOFError):
             process.channel.shutdown(socket.SHUT_WR)  # the end of all requests
-            _hear(process, time.monotonic() + _CLOSING_SECONDS)
+            deadline, data = time.monotonic() + _CLOSING_SECONDS, b"..."
+            while data:  # answers that nobody waits for any more, until the end of its side
+                _hear(process, deadline)
+                data = process.channel.recv(_LAST_WORDS)
     with suppress(ProcessLookupError):
         os.killpg(process.popen.pid, signal.SIGKILL)
     process.popen.wait()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import math
 import os
 import select
 import signal
@@ -12,7 +11,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import cast
@@ -20,21 +19,21 @@ from typing import cast
 import attrs
 import torch
 
-from lightrft.backends.rollout.apart.memory import Segment, free_segment, map_segment, read_bucket
 from lightrft.backends.rollout.apart.messages import (
     Answer,
-    Bucket,
     Made,
     Request,
     Saved,
     Start,
-    failure_of,
     receive,
     send,
 )
 from lightrft.backends.rollout.apart.recipe import build_from
+from lightrft.backends.rollout.apart.transport import Receiver
+from lightrft.backends.rollout.apart.transports import TRANSPORTS
 from lightrft.config.sections import EngineConfig
-from lightrft.errors import ConfigError, EngineStateError, WeightSyncError
+from lightrft.errors import ConfigError, EngineStateError
+from lightrft.failures import failure_of
 from lightrft.strategy.protocols.images import Processor
 from lightrft.strategy.protocols.rollout import BuildEngine, EngineHandle, EngineSource, Tokenizer
 
@@ -52,14 +51,14 @@ class _State:
         start: from what the engine is started.
         tensors: those of the model that it starts with.
         handle: the engine, once it has started.
-        segments: shared memory by slot.
+        receiver: the end to which weights come, once it is known by what.
         files: descriptors that came with the present request.
     """
 
     start: Start | None = None
     tensors: dict[str, torch.Tensor] = attrs.field(factory=dict[str, torch.Tensor])
     handle: EngineHandle | None = None
-    segments: dict[int, Segment] = attrs.field(factory=dict[int, Segment])
+    receiver: Receiver | None = None
     files: list[int] = attrs.field(factory=list[int])
 
 
@@ -120,26 +119,28 @@ def _done(state: _State, request: Request) -> Answer:
 
 
 def _prepare(state: _State, request: Request) -> None:
-    state.start = cast("Start", request.start)
-    torch.set_num_threads(state.start.num_threads)
-    if state.start.parent:
-        _die_with(state.start.parent)
+    state.start = start = cast("Start", request.start)
+    torch.set_num_threads(start.num_threads)
+    if start.parent:
+        _die_with(start.parent)
+    config = _config_of(start)
+    state.receiver = TRANSPORTS[config.transport].open_receiver(
+        device=torch.device(start.model.device), timeout=config.timeout_seconds
+    )
 
 
 def _fill(state: _State, request: Request) -> None:
-    bucket = cast("Bucket", request.bucket)
-    for name, tensor in read_bucket(_segment(state, bucket), bucket.tensors):
+    for name, tensor in _received(state, request):
         state.tensors[name] = tensor.clone()
 
 
 def _start(state: _State, request: Request) -> None:
     del request
     start = cast("Start", state.start)
-    config = EngineConfig(**json.loads(start.engine))
     model = build_from(start.model, state.tensors)
     state.tensors = {}
     tokenizer, processor = (None if saved is None else _loaded(saved) for saved in (start.tokenizer, start.processor))
-    engine = _builder(start.builder)(config)
+    engine = _builder(start.builder)(_config_of(start))
     state.handle = engine.start(
         EngineSource(
             model=model, tokenizer=cast("Tokenizer | None", tokenizer), processor=cast("Processor | None", processor)
@@ -156,8 +157,8 @@ def _begin_update(state: _State, request: Request) -> None:
 
 
 def _put(state: _State, request: Request) -> None:
-    bucket, handle = cast("Bucket", request.bucket), _handle(state)
-    handle.engine.put(handle, _finite(read_bucket(_segment(state, bucket), bucket.tensors)))
+    tensors, handle = _received(state, request), _handle(state)
+    handle.engine.put(handle, tensors)
 
 
 def _generated(state: _State, request: Request) -> Answer:
@@ -177,26 +178,19 @@ def _generated(state: _State, request: Request) -> Answer:
     return Answer(made=made, prompts=tuple(one.prompt_ids for one in completions[:: request.sampling.n]))
 
 
-def _finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in tensors:
-        # a sum tells much faster than a look at each; it may also be too large for its dtype
-        if not (math.isfinite(tensor.sum()) or tensor.isfinite().all()):
-            raise WeightSyncError(f"tensor={name!r} holds values that are not finite; look at the trainer's last step.")
-        yield name, tensor
-
-
-def _segment(state: _State, bucket: Bucket) -> Segment:
-    if bucket.size:
-        if bucket.slot in state.segments:
-            free_segment(state.segments.pop(bucket.slot))
-        state.segments[bucket.slot] = map_segment(state.files.pop(), bucket.size)
-    return state.segments[bucket.slot]
+def _received(state: _State, request: Request) -> Iterator[tuple[str, torch.Tensor]]:
+    if state.receiver is None or request.bucket is None:
+        raise EngineStateError(f"{request.call}: no weights are on their way; prepare the engine, and send them.")
+    return state.receiver.receive(request.bucket, state.files)
 
 
 def _free(state: _State) -> None:
-    for segment in state.segments.values():
-        free_segment(segment)
-    state.segments.clear()
+    if state.receiver is not None:
+        state.receiver.free()
+
+
+def _config_of(start: Start) -> EngineConfig:
+    return EngineConfig(**json.loads(start.engine))
 
 
 def _handle(state: _State) -> EngineHandle:

@@ -18,16 +18,15 @@ from lightrft.testing.cases.policies import (
     running,
 )
 from lightrft.testing.cases.prompts import prompt_cases, sampling_cases
-from lightrft.testing.cases.vision import ImageCase, build_image
-from lightrft.testing.law import Harness, Law, for_all
+from lightrft.testing.cases.vision import ImageCase, VideoCase, build_image, build_video
+from lightrft.testing.law import Harness, Law, for_all, on_each_rank
 from lightrft.testing.reference.completions import (
     Refusal,
     refusal,
     require_logprobs,
     require_refusal,
     require_requests,
-    require_same_draws,
-    require_same_greedy,
+    require_same,
 )
 from lightrft.testing.subject import Rank
 
@@ -115,9 +114,6 @@ def _batch_composition(harness: Harness, case: _TwoCalls) -> None:
     require_requests(whole, case.prompts, case.sampling, version=0)
     asked = attrs.evolve(case.sampling, n=case.num_chosen)
     require_requests(part, [case.prompts[place] for place in case.chosen], asked, version=0)
-    if case.sampling.temperature == 0:
-        require_same_greedy(part, _chosen(whole, case), build_policy(case.policy))
-        return
 
     def again(seed: int) -> tuple[list[Completion], list[Completion]]:
         ((whole, part),) = harness.run(
@@ -125,12 +121,13 @@ def _batch_composition(harness: Harness, case: _TwoCalls) -> None:
         )
         return part, _chosen(whole, case)
 
-    require_same_draws(
+    require_same(
         part,
         _chosen(whole, case),
+        build_policy(case.policy),
+        sampling=case.sampling,
         why="a completion depends on its prompt and the numbers of prompt and sample",
         again=again,
-        seed=case.sampling.seed,
     )
 
 
@@ -188,6 +185,7 @@ def _generate_badly(rank: Rank, case: _BadCalls) -> _Answers:
         "token beyond the vocabulary": Prompt(token_ids=(*case.prompts[case.place], VOCABULARY)),
         "negative token": Prompt(token_ids=(-1, *case.prompts[case.place])),
         "images": Prompt(token_ids=case.prompts[case.place], images=(build_image(ImageCase()),)),
+        "videos": Prompt(token_ids=case.prompts[case.place], videos=(build_video(VideoCase()),)),
     }
     room = CONTEXT - max(len(prompt) for prompt in case.prompts)
     lengths = {"max_new_tokens": room + 1, "fitting": room}
@@ -224,8 +222,8 @@ def _refusals(harness: Harness, case: _BadCalls) -> None:
         elif answer.fault == "fitting":
             if answer.refused:
                 raise LawError(f"{of} raised {answer.refused}; prompt and max_new_tokens fit into the context.")
-        elif answer.fault == "images" or "sampling" not in seen.capabilities:
-            # an engine that takes images has none of their processor here
+        elif answer.fault in {"images", "videos"} or "sampling" not in seen.capabilities:
+            # an engine that takes them has no processor here
             require_refusal(answer.refused, UnsupportedError, of=of)
         elif answer.fault in _CHOOSING and answer.refused:
             raise LawError(f"{of} raised {answer.refused} and the engine claims 'sampling'.")
@@ -247,28 +245,25 @@ LAWS: tuple[Law, ...] = (
         id="engine.order",
         statement="Completions match the requests: n of each prompt, prompt by prompt, none longer than asked for, and "
         "each ends at its first stop token or at max_new_tokens and says which.",
-        check=for_all(_calls, _order),
-        worlds="one",
+        check=for_all(_calls, on_each_rank(_order)),
     ),
     Law(
         id="engine.logprobs",
         statement="Every logprob is the trainer's own for this token at the sampling temperature.",
-        check=for_all(_calls, _logprobs),
-        worlds="one",
+        check=for_all(_calls, on_each_rank(_logprobs)),
     ),
     Law(
         id="engine.batch_composition",
         statement="A completion does not depend on the other prompts of its call, nor on how many samples are made.",
-        check=for_all(_pairs_of_calls, _batch_composition),
-        worlds="one",
+        requires=frozenset({"seeds"}),
+        check=for_all(_pairs_of_calls, on_each_rank(_batch_composition)),
     ),
     Law(
         id="engine.refusals",
         statement="A prompt that is empty, too long or outside of the vocabulary is refused by its index, parameters "
         "that cannot be met by their name, what the engine does not claim is refused too, and after a refusal the "
         "engine works as before.",
-        check=for_all(_bad_calls, _refusals),
-        worlds="one",
+        check=for_all(_bad_calls, on_each_rank(_refusals)),
     ),
 )
 """The laws of every engine but that of its life."""

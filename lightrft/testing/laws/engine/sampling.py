@@ -28,11 +28,12 @@ from lightrft.testing.cases.policies import (
     running,
 )
 from lightrft.testing.cases.prompts import prompt_cases, sampling_cases
-from lightrft.testing.law import Harness, Law, for_all
+from lightrft.testing.law import Harness, Law, for_all, on_each_rank
 from lightrft.testing.reference.completions import (
     require_greedy,
     require_logprobs,
     require_requests,
+    require_same,
     require_same_draws,
     require_same_greedy,
     trainer_logits,
@@ -324,16 +325,8 @@ def _part(harness: Harness, case: _Parts) -> None:
         (drawn,) = harness.run(_generate_in_parts, attrs.evolve(case, sampling=attrs.evolve(case.sampling, seed=seed)))
         return drawn.parts, drawn.whole
 
-    if case.sampling.temperature == 0:
-        require_same_greedy(made.parts, made.whole, model)
-    else:
-        require_same_draws(
-            made.parts,
-            made.whole,
-            why="a part of a request is given what the whole would give it",
-            again=again,
-            seed=case.sampling.seed,
-        )
+    why = "a part of a request is given what the whole would give it"
+    require_same(made.parts, made.whole, model, sampling=case.sampling, why=why, again=again)
 
 
 LAWS: tuple[Law, ...] = (
@@ -341,30 +334,27 @@ LAWS: tuple[Law, ...] = (
         id="engine.greedy",
         statement="At temperature 0 every token is the one of the trainer's largest logit, whatever the seed.",
         requires=frozenset({"sampling"}),
-        check=for_all(_greedy_calls, _greedy),
-        worlds="one",
+        check=for_all(_greedy_calls, on_each_rank(_greedy)),
     ),
     Law(
         id="engine.seed",
         statement="Equal seeds give equal completions, on a fresh engine too; other seeds, prompts and samples have "
         "random streams of their own.",
-        requires=frozenset({"sampling"}),
-        check=for_all(_seeds, _seed),
-        worlds="one",
+        requires=frozenset({"sampling", "seeds"}),
+        check=for_all(_seeds, on_each_rank(_seed)),
     ),
     Law(
         id="engine.sampling_distribution",
         statement="Tokens are drawn with the trainer's own probabilities, each given those before it, and none that "
         "top_k, top_p or min_new_tokens leave out.",
         requires=frozenset({"sampling"}),
-        check=for_all(_two_token_calls, _distribution),
-        worlds="one",
+        check=for_all(_two_token_calls, on_each_rank(_distribution)),
     ),
     Law(
         id="engine.part",
         statement="A part of a request, with the number of its first prompt, is given what the whole would give it.",
-        check=for_all(_requests_in_parts, _part),
-        worlds="one",
+        requires=frozenset({"seeds"}),
+        check=for_all(_requests_in_parts, on_each_rank(_part)),
     ),
 )
 """How tokens are chosen."""

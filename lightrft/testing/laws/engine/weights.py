@@ -18,15 +18,14 @@ from lightrft.errors import EngineStateError, LawError, WeightSyncError
 from lightrft.strategy.protocols import Completion, EngineHandle, SamplingParams
 from lightrft.testing.cases.policies import VOCABULARY, PolicyCase, build_policy, generate, policy_cases, running
 from lightrft.testing.cases.prompts import prompt_cases, sampling_cases
-from lightrft.testing.law import Harness, Law, for_all
+from lightrft.testing.law import Harness, Law, for_all, on_each_rank
 from lightrft.testing.reference.completions import (
     Refusal,
     refusal,
     require_logprobs,
     require_refusal,
     require_requests,
-    require_same_draws,
-    require_same_greedy,
+    require_same,
 )
 from lightrft.testing.subject import Rank
 
@@ -289,21 +288,13 @@ def _sleep_wake(harness: Harness, case: _Naps) -> None:
     require_requests(seen.before, case.prompts, case.sampling, version=0)
     require_requests(seen.after, case.prompts, case.sampling, version=0)
     model = build_policy(case.policy)
-    if case.sampling.temperature == 0:
-        require_same_greedy(seen.after, seen.before, model)
-    else:
 
-        def again(seed: int) -> tuple[list[Completion], list[Completion]]:
-            (rested,) = harness.run(_rest, attrs.evolve(case, sampling=attrs.evolve(case.sampling, seed=seed)))
-            return rested.after, rested.before
+    def again(seed: int) -> tuple[list[Completion], list[Completion]]:
+        (rested,) = harness.run(_rest, attrs.evolve(case, sampling=attrs.evolve(case.sampling, seed=seed)))
+        return rested.after, rested.before
 
-        require_same_draws(
-            seen.after,
-            seen.before,
-            why="sleep, wake, generate equals generate",
-            again=again,
-            seed=case.sampling.seed,
-        )
+    why = "sleep, wake, generate equals generate"
+    require_same(seen.after, seen.before, model, sampling=case.sampling, why=why, again=again)
     require_logprobs(seen.after, model, temperature=case.sampling.temperature)
 
 
@@ -337,8 +328,9 @@ def _ends(world_size: int) -> SearchStrategy[_End]:
 
 
 def _end(rank: Rank, case: _End) -> _Ended:
-    held = _resources()
     strategy = rank.build(rank.config)
+    strategy.setup_distributed()
+    held = _resources()
     handle = strategy.setup_inference_engine(rank.engine, actor=build_policy(PolicyCase()))
     refusal(_use, handle, case)
     closes = [refusal(handle.engine.close, handle) for _ in range(case.num_closes)]
@@ -397,21 +389,19 @@ LAWS: tuple[Law, ...] = (
         id="engine.update",
         statement="A whole update, in any order and buckets, takes the trainer's weights over exactly and by copy; one "
         "with anything wrong leaves the engine torn until a whole one succeeds.",
-        check=for_all(_updates, _updating),
-        worlds="one",
+        check=for_all(_updates, on_each_rank(_updating)),
     ),
     Law(
         id="engine.sleep_wake",
         statement="Sleep, wake, generate equals generate, however often each is called.",
-        check=for_all(_naps, _sleep_wake),
-        worlds="one",
+        requires=frozenset({"seeds"}),
+        check=for_all(_naps, on_each_rank(_sleep_wake)),
     ),
     Law(
         id="engine.close",
         statement="Closing, in any status and after an exception too, frees processes, threads and shared memory, and "
         "the engine refuses to generate and to flush its cache.",
-        check=for_all(_ends, _closing),
-        worlds="one",
+        check=for_all(_ends, on_each_rank(_closing)),
     ),
 )
 """Which weights an engine generates with."""

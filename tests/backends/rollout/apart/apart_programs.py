@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -109,9 +110,14 @@ def build_faulty(config: EngineConfig) -> Engine:
         exits("commit", inner.flush_cache)(handle)
         return inner.commit(handle)
 
+    def close(handle: EngineHandle) -> None:
+        inner.close(handle)
+        (Path(os.environ[FAULTS]) / "closed").touch()
+
     faulty = attrs.evolve(
         inner,
         start=start,
+        close=close,
         generate=generate,
         commit=commit,
         wake=exits("wake", inner.wake),
@@ -125,10 +131,10 @@ def pid_of(handle: EngineHandle) -> int:
     return handle.state.process.popen.pid
 
 
-def train_and_sync() -> None:
+def train_and_sync(transport: str) -> None:
     """Sync again and again, after the number of the engine's process was printed."""
     model = build_tiny(width=4096)
-    engine = build_apart(build_faulty, EngineConfig(type="scripted"))
+    engine = build_apart(build_faulty, EngineConfig(type="scripted", process="own", transport=transport))
     with engine.start(EngineSource(model=model, tokenizer=None)) as handle:
         while True:
             handle.engine.begin_update(handle)
@@ -141,4 +147,4 @@ if __name__ == "__main__":
     # the engine finds its builder and model by the name of this module
     from apart_programs import train_and_sync as run
 
-    run()
+    run(sys.argv[1])

@@ -11,15 +11,13 @@ from types import ModuleType
 
 import pytest
 
-HERE = Path(__file__).parent
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")
-def programs() -> Iterator[ModuleType]:
+def programs() -> ModuleType:
     """The programs; other processes find them on this one's module search path."""
-    sys.path.insert(0, str(HERE))
-    yield importlib.import_module("apart_programs")
-    sys.path.remove(str(HERE))
+    return importlib.import_module("apart_programs")
 
 
 @pytest.fixture(scope="session")

@@ -23,8 +23,9 @@ from torch import nn
 
 from lightrft.backends.collectives.simulated import build_collectives, run_simulated
 from lightrft.backends.rollout.apart import engine as apart_engine
+from lightrft.backends.rollout.apart import memory
 from lightrft.backends.rollout.apart import process as apart_process
-from lightrft.backends.rollout.apart.memory import Placed, Segment, write_bucket
+from lightrft.backends.rollout.apart.buckets import Placed, write_bucket
 from lightrft.backends.rollout.apart.mending import mend
 from lightrft.backends.rollout.gathering import build_gather_and_generate
 from lightrft.backends.rollout.scripted import build_scripted
@@ -111,7 +112,7 @@ def difference(made: Sequence[Completion], model: nn.Module) -> float:
 
 
 def test_the_contract_is_kept_from_afar(  # noqa: PLR0915 (starting an engine takes seconds)
-    start: tuple[Strategy, EngineHandle], programs: ModuleType, monkeypatch: pytest.MonkeyPatch
+    start: tuple[Strategy, EngineHandle], programs: ModuleType, faults: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Refusals keep their type and words; whatever is wrong with an update tears the engine, and the next mends it."""
     strategy, handle = start
@@ -127,7 +128,7 @@ def test_the_contract_is_kept_from_afar(  # noqa: PLR0915 (starting an engine ta
         engine.generate(handle, [PROMPTS[0], Prompt(token_ids=())], ECHO)
     assert "apart_programs.py" in str(refused.value.__cause__)
     image = Image(width=1, height=1, pixels=bytes(3))
-    with pytest.raises(UnsupportedError, match=r"prompts\[1\] has images and the engine 'scripted' takes text"):
+    with pytest.raises(UnsupportedError, match=r"prompts\[1\] has images and the engine 'scripted' takes none"):
         engine.generate(handle, [PROMPTS[0], Prompt(token_ids=(1,), images=(image,))], ECHO)
 
     def spoilt(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -150,7 +151,7 @@ def test_the_contract_is_kept_from_afar(  # noqa: PLR0915 (starting an engine ta
         with pytest.raises(EngineStateError, match="generate: the engine is 'torn'"):
             engine.generate(handle, PROMPTS, ECHO)
     with monkeypatch.context() as patch:
-        patch.setattr(apart_engine, "write_bucket", write_and_damage)
+        patch.setattr(memory, "write_bucket", write_and_damage)
         with pytest.raises(WeightSyncError, match=r"tensor='head.weight' arrived with other bytes than were sent"):
             strategy.update_engine_weights(handle, model)
     assert handle.status == "torn"
@@ -174,7 +175,40 @@ def test_the_contract_is_kept_from_afar(  # noqa: PLR0915 (starting an engine ta
     require_few_messages(start, programs, monkeypatch)
     refuse_changed_weights(start, programs)
     engine.begin_update(handle)
-    engine.put(handle, right.items())  # and so it is closed
+    with pytest.raises(WeightSyncError, match="tensor='unknown' is not in the engine"):
+        engine.put(handle, [("unknown", torch.zeros(1))])  # at once
+    engine.begin_update(handle)
+    engine.put(handle, right.items())  # and so it is closed, with an answer on its way
+    (faults / "closed").unlink(missing_ok=True)
+    engine.close(handle)
+    assert (faults / "closed").exists()
+
+
+def test_a_crash_before_the_group_is_joined_is_one_crash(
+    programs: ModuleType, faults: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine is started again, as after any other."""
+    del faults
+    strategy = get_strategy({"strategy": "single"}, engines={"faulty": programs.build_faulty})
+    config = EngineConfig(type="faulty", process="own", transport="collective", timeout_seconds=PATIENCE)
+    with strategy.setup_inference_engine(config, actor=programs.build_tiny()) as handle:
+        victim, tell = programs.pid_of(handle), apart_engine.tell
+        handle.engine.sleep(handle)  # it leaves the group
+        handle.engine.wake(handle)
+
+        def tell_and_kill(process: apart_engine.EngineProcess, request: apart_engine.Request, *files: int) -> None:
+            is_last = request.bucket is not None and process.popen.pid == victim
+            if is_last:
+                os.kill(victim, signal.SIGSTOP)
+            tell(process, request, *files)
+            if is_last:
+                kill(victim)
+
+        monkeypatch.setattr(apart_engine, "tell", tell_and_kill)
+        strategy.update_engine_weights(handle, programs.build_tiny(1))
+        assert handle.state.num_crashes == 1
+        assert programs.pid_of(handle) != victim
+        assert difference(strategy.gather_and_generate(handle, PROMPTS, ECHO), programs.build_tiny(1)) < 1e-5
 
 
 def refuse_what_cannot_be_written(handle: EngineHandle) -> None:
@@ -201,11 +235,11 @@ def require_few_messages(
         tell(process, request, *files)
 
     monkeypatch.setattr(apart_engine, "tell", count)
-    monkeypatch.setattr(apart_engine, "_SEGMENT_BYTES", 512)
+    monkeypatch.setattr(apart_engine, "BUFFER_BYTES", 512)
     model = programs.build_tiny(2)  # 416 + 416 + 52 + 4 bytes
     strategy.update_engine_weights(handle, model)
     assert told == [0, 1]
-    assert len(handle.state.segments) == 2
+    assert len([item for item in held_memory() if not item.startswith("/memfd:")]) == 2  # mapped
     assert difference(strategy.gather_and_generate(handle, PROMPTS, ECHO), model) < 1e-5
 
     def broken() -> Iterator[tuple[str, torch.Tensor]]:
@@ -240,12 +274,14 @@ def held_memory() -> list[str]:
     return [item for item in held() if "memfd" in item]
 
 
-def write_and_damage(segment: Segment, tensors: Sequence[tuple[str, torch.Tensor]]) -> tuple[Placed, ...]:
+def write_and_damage(
+    buffer: torch.Tensor, tensors: Sequence[tuple[str, torch.Tensor]], *, finite: bool
+) -> tuple[Placed, ...]:
     """Write a bucket as it should be, and then let something else write there."""
-    placed = write_bucket(segment, tensors)
+    placed = write_bucket(buffer, tensors, finite=finite)
     for one in placed:
         if one.name == "head.weight":
-            segment.map[one.offset] ^= 0x10
+            buffer[one.offset] ^= 0x10
     return placed
 
 
@@ -259,8 +295,8 @@ def await_file(path: Path) -> None:
 def test_an_engine_that_is_killed_while_it_generates_makes_the_same_completions(
     programs: ModuleType, faults: Path
 ) -> None:
-    """All ranks stream the weights that one lost; when it hangs later, all hear of it."""
-    config = EngineConfig(type="faulty", process="own", timeout_seconds=PATIENCE)
+    """All ranks stream the weights that one lost, by a new group; when it hangs later, all hear of it."""
+    config = EngineConfig(type="faulty", process="own", transport="collective", timeout_seconds=PATIENCE)
     model = programs.build_tiny(8)
     streams: list[int] = []
 
@@ -392,6 +428,9 @@ def test_what_does_not_travel_is_refused_before_anything_is_started(programs: Mo
         engine.start(EngineSource(model=nn.Embedding(3, 4), tokenizer=None))
     with pytest.raises(UnsupportedError, match="tokenizer=Unsaved cannot be saved, so it does not travel"):
         engine.start(EngineSource(model=programs.build_tiny(), tokenizer=Unsaved()))
+    nameless = type("Nameless", (Unsaved,), {"save_pretrained": None})()
+    with pytest.raises(UnsupportedError, match=r"tokenizer=Nameless is not found in .* by its name, so it does not"):
+        engine.start(EngineSource(model=programs.build_tiny(), tokenizer=nameless))
     assert held() - before == set()
 
 
@@ -413,7 +452,7 @@ def test_an_engine_ends_with_a_trainer_that_is_killed_while_it_syncs(programs: M
     """Nobody closes it then; its memory has no name, so that it is gone with the two processes."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), programs.FAULTS: str(faults)}
     with subprocess.Popen(  # noqa: S603 (a program of ours)
-        [sys.executable, str(programs.__file__)], stdout=subprocess.PIPE, env=environment, text=True
+        [sys.executable, str(programs.__file__), "memory"], stdout=subprocess.PIPE, env=environment, text=True
     ) as trainer:
         assert trainer.stdout is not None
         pids = [int(trainer.stdout.readline()) for _ in range(2)]
@@ -431,3 +470,10 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         EngineConfig(process="elsewhere")
     with pytest.raises(ConfigError, match="timeout_seconds=0"):
         EngineConfig(timeout_seconds=0)
+    with pytest.raises(ConfigError, match=r"transport='pigeon' is not known; Known: collective, memory\."):
+        EngineConfig(process="own", transport="pigeon")
+    words = (
+        "transport='collective' takes weights into another process, and process='trainer' has the engine in this one"
+    )
+    with pytest.raises(ConfigError, match=words):
+        EngineConfig(transport="collective")

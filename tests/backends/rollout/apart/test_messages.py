@@ -13,12 +13,9 @@ from lightrft.backends.rollout.apart.messages import (
     Answer,
     Made,
     Request,
-    failure_of,
-    raised_by,
     receive,
     send,
 )
-from lightrft.errors import DataError, LightRFTError
 from lightrft.strategy.protocols.images import Image
 from lightrft.strategy.protocols.rollout import Prompt, SamplingParams
 
@@ -70,30 +67,3 @@ def test_a_closed_end_is_said(ends: tuple[socket.socket, socket.socket]) -> None
     ends[0].close()
     with pytest.raises(EOFError, match="the other process has closed its end"):
         receive(ends[1], Answer)
-
-
-class OwnError(Exception):
-    """An error that nobody else knows."""
-
-
-@pytest.mark.parametrize(
-    ("raised", "kind", "message"),
-    [
-        (DataError("prompts[1] is empty; leave it out."), DataError, "prompts[1] is empty; leave it out."),
-        (ZeroDivisionError("division by zero"), ZeroDivisionError, "division by zero"),
-        (OwnError("of its own kind"), LightRFTError, "OwnError: of its own kind"),
-        (UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"), LightRFTError, "UnicodeDecodeError: 'utf-8' codec"),
-    ],
-)
-def test_errors_are_raised_again_with_notes_and_the_place_where_they_came_from(
-    raised: Exception, kind: type[Exception], message: str
-) -> None:
-    """Ours and Python's keep their type."""
-    raised.add_note("a note")
-    with pytest.raises(type(raised)) as caught:
-        raise raised
-    error = raised_by(failure_of(caught.value))
-    assert type(error) is kind
-    assert str(error).startswith(message)
-    assert error.__notes__ == ["a note"]
-    assert "test_messages.py" in str(error.__cause__)

@@ -13,8 +13,9 @@ import psutil
 import pytest
 import torch
 
-from lightrft.backends.rollout.apart.memory import free_segment, new_segment, size_of, write_bucket
-from lightrft.backends.rollout.apart.messages import Answer, Bucket, Request, Start, receive, send
+from lightrft.backends.rollout.apart.buckets import Bucket, size_of, write_bucket
+from lightrft.backends.rollout.apart.memory import bytes_of, free_segment, new_segment
+from lightrft.backends.rollout.apart.messages import Answer, Request, Start, receive, send
 from lightrft.backends.rollout.apart.recipe import recipe_of, tensors_for
 from lightrft.backends.rollout.apart.worker import serve
 from lightrft.config.sections import EngineConfig
@@ -43,7 +44,7 @@ def put(trainer: socket.socket, request: Request, tensors: dict[str, torch.Tenso
     """Send tensors in a new segment, one of them with another byte than its digest is of."""
     bucket = list(tensors.items())
     segment = new_segment(size_of(bucket))
-    placed = write_bucket(segment, bucket)
+    placed = write_bucket(bytes_of(segment), bucket)
     for one in placed:
         segment.map[one.offset] ^= one.name == changed
     try:
@@ -77,7 +78,10 @@ def test_requests_are_answered_in_their_order(trainer: socket.socket, programs: 
     model = programs.build_tiny()
     generate = Request(call="generate", prompts=(Prompt(token_ids=(1, 2)),), sampling=SamplingParams(max_new_tokens=2))
     assert failed(ask(trainer, generate)) == "EngineStateError: the engine has not started in its process; start it."
+    words = "EngineStateError: put: no weights are on their way; prepare the engine, and send them."
+    assert failed(ask(trainer, Request(call="put"))) == words
     assert ask(trainer, Request(call="prepare", start=start_of(programs, model))) == Answer()
+    assert failed(ask(trainer, Request(call="put"))) == words
     assert put(trainer, Request(call="fill"), tensors_for(model)) == Answer()
     assert ask(trainer, Request(call="start")) == Answer()
     answer = ask(trainer, generate)
@@ -87,12 +91,9 @@ def test_requests_are_answered_in_their_order(trainer: socket.socket, programs: 
     assert failed(ask(trainer, Request(call="generate"))).startswith("EngineStateError: generate: the request has no")
 
     update = Request(call="put")
-    for tensors, changed, words in (
-        (model.state_dict(), "head.weight", "WeightSyncError: tensor='head.weight' arrived with other bytes"),
-        ({"scale": torch.tensor([float("nan")])}, "", "WeightSyncError: tensor='scale' holds values that are not fin"),
-    ):
-        assert ask(trainer, Request(call="begin_update")) == Answer()
-        assert failed(put(trainer, update, tensors, changed=changed)).startswith(words)
+    assert ask(trainer, Request(call="begin_update")) == Answer()
+    words = "WeightSyncError: tensor='head.weight' arrived with other bytes"
+    assert failed(put(trainer, update, model.state_dict(), changed="head.weight")).startswith(words)
     assert ask(trainer, Request(call="begin_update")) == Answer()
     assert ask(trainer, Request(call="begin_update")) == Answer()  # the first one broke off
     assert put(trainer, update, programs.build_tiny(1).state_dict()) == Answer()
@@ -113,15 +114,13 @@ def test_an_engine_that_is_not_found_is_a_wrong_setting(trainer: socket.socket, 
     assert failed(ask(trainer, Request(call="start"))).startswith(words)
 
 
-def test_large_values_are_finite(trainer: socket.socket, programs: ModuleType) -> None:
-    """A sum that is too large for the dtype is no reason to refuse a tensor."""
+def test_no_descriptor_of_a_segment_is_left_open(trainer: socket.socket, programs: ModuleType) -> None:
+    """One comes with each new segment, and is closed when another takes its place."""
     model = programs.build_tiny()
-    with torch.no_grad():
-        model.embedding.weight.fill_(3e38)
     ask(trainer, Request(call="prepare", start=start_of(programs, model)))
     put(trainer, Request(call="fill"), tensors_for(model))
     files = psutil.Process().num_fds()
     assert ask(trainer, Request(call="start")) == Answer()
     ask(trainer, Request(call="begin_update"))
     assert put(trainer, Request(call="put"), model.state_dict()) == Answer()
-    assert psutil.Process().num_fds() == files
+    assert psutil.Process().num_fds() <= files  # one of a test before may be closed only now

@@ -1,0 +1,1 @@
+"""The engine "hf": completions of a transformers model itself, decoded in this process."""

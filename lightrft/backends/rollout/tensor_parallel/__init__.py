@@ -1,0 +1,1 @@
+"""One engine that several ranks run together, each with a shard of its weights."""
