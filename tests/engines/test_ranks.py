@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+import ranks_program
 from guests import installed, settings
-from ranks_program import CASE, PROMPTS, SAMPLING
 
 from lightrft.strategy import Prompt, StrategyConfig, get_strategy
 from lightrft.testing.cases.policies import build_policy
+from lightrft.testing.conformance.hold import run_on
+from lightrft.testing.subject import subject_of
 
 ENGINE = installed("vllm", "sglang")
 
@@ -22,16 +19,16 @@ pytestmark = [
 ]
 
 
-def test_each_rank_of_sharded_training_has_its_engine(tmp_path: Path) -> None:
+def test_each_rank_of_sharded_training_has_its_engine() -> None:
     """Under fsdp2 on two ranks completions are those of one process, and logprobs the trainer's after every sync."""
-    program = Path(__file__).with_name("ranks_program.py")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*launcher, str(program), str(tmp_path), ENGINE], check=True, timeout=600)  # noqa: S603 (our own program)
-    seen = [json.loads((tmp_path / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+    config = StrategyConfig(strategy="fsdp2")
+    with run_on(subject_of("fsdp2", "strategy", config=config, engine=settings(ENGINE)), "processes", 2) as run:
+        seen = run(ranks_program.run, 5)
     strategy = get_strategy(StrategyConfig(strategy="single"))
-    with strategy.setup_inference_engine(settings(ENGINE), actor=build_policy(CASE)) as handle:
-        whole = strategy.gather_and_generate(handle, [Prompt(token_ids=ids) for ids in PROMPTS], SAMPLING)
-    assert [tuple(ids) for rank in seen for ids in rank["made"]] == [completion.token_ids for completion in whole]
-    assert max(difference for rank in seen for difference in rank["differences"]) < 1e-5
-    assert seen[0]["differences"] == seen[1]["differences"]
-    assert [rank["later"] for rank in seen] != [rank["made"] for rank in seen]
+    prompts = [Prompt(token_ids=ids) for ids in ranks_program.PROMPTS]
+    with strategy.setup_inference_engine(settings(ENGINE), actor=build_policy(ranks_program.CASE)) as handle:
+        whole = strategy.gather_and_generate(handle, prompts, ranks_program.SAMPLING)
+    assert [ids for rank in seen for ids in rank.made] == [completion.token_ids for completion in whole]
+    assert max(difference for rank in seen for difference in rank.differences) < 1e-5
+    assert seen[0].differences == seen[1].differences
+    assert [rank.later for rank in seen] != [rank.made for rank in seen]
