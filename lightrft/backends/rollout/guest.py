@@ -42,8 +42,7 @@ def as_guest(environment: Mapping[str, str]) -> Generator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        _put_back(before)
         torch.set_num_threads = set_num_threads
         if torch.get_num_threads() != num_threads:
             torch.set_num_threads(num_threads)
@@ -54,3 +53,12 @@ def as_guest(environment: Mapping[str, str]) -> Generator[None]:
         sys.excepthook = hook
         if not was_frozen:
             gc.unfreeze()  # vLLM leaves frozen what is the trainer's, too
+
+
+def _put_back(environment: Mapping[str, str]) -> None:
+    """Write what differs and nothing else: a thread that reads a variable meanwhile may find it gone, or crash."""
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    for name, value in environment.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
