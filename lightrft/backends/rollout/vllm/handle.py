@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
@@ -135,6 +135,8 @@ class Inside:
         is_open: whether weights of the load under way have come.
         owns_group: whether the default process group was made for this engine.
         is_sharded: whether other ranks hold other parts of the weights.
+        has_inner_tower: whether its tower of images is one name further down than transformers' is.
+        held: the layers that vLLM does not load tensor by tensor, once they were looked for.
         cache_bytes: size of each tensor of the key-value cache.
     """
 
@@ -149,4 +151,6 @@ class Inside:
     is_open: bool = False
     owns_group: bool
     is_sharded: bool
+    has_inner_tower: bool
+    held: Sequence[nn.Module] | None = None
     cache_bytes: tuple[int, ...] = ()

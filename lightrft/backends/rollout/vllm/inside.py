@@ -20,7 +20,7 @@ from torch import nn
 from torch._C._distributed_c10d import HashStore  # under `torch.distributed` it is not exported to type checkers
 
 from lightrft.backends.rollout.vllm.handle import Inside, ModelRunner, SentAdapter
-from lightrft.backends.rollout.vllm.load import choose_loader
+from lightrft.backends.rollout.vllm.load import choose_loader, has_inner_tower
 from lightrft.backends.rollout.vllm.package import RequestOutput, Vllm, undisturbed
 from lightrft.backends.rollout.vllm.positions import count_as_transformers
 from lightrft.backends.rollout.vllm.sharding import Sharding, beside_others
@@ -112,15 +112,17 @@ def start_inside(
     cast("Any", llm.llm_engine).engine_core._finalizer.detach()  # noqa: SLF001
     worker = cast("Any", llm.collective_rpc(_itself)[0])
     runner: ModelRunner = worker.model_runner
+    own = runner.get_model()
     inside = Inside(
         llm=llm,
         runner=runner,
-        model=runner.get_model(),
+        model=own,
         processor=processor,
         loader=loader,
         sent=sent,
         owns_group=owns_group,
         is_sharded=sharding is not None,
+        has_inner_tower=has_inner_tower(own),
     )
     try:
         _check_heads(inside)

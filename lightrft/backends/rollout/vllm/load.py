@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from lightrft.backends.rollout.vllm.adapter import install, without_adapter
 from lightrft.backends.rollout.vllm.differences import reached_names
@@ -19,11 +19,7 @@ from lightrft.backends.rollout.vllm.load_fast import build_fast_loader
 from lightrft.backends.rollout.vllm.load_public import build_public_loader
 from lightrft.backends.rollout.vllm.package import installed_version, is_known
 
-if TYPE_CHECKING:
-    from torch import nn
-
-__all__ = ["begin_load", "choose_loader", "end_load", "load"]
-
+__all__ = ["begin_load", "choose_loader", "end_load", "has_inner_tower", "load"]
 
 _INNER_TOWER = "vision_tower.vision_model."
 """Where vLLM has towers of CLIP and SigLIP, which transformers has one name further up."""
@@ -32,6 +28,15 @@ _INNER_TOWER = "vision_tower.vision_model."
 def choose_loader() -> Loader:
     """Return the fastest way that the version of vLLM allows."""
     return build_fast_loader() if is_known(installed_version()) else build_public_loader()
+
+
+def has_inner_tower(model: nn.Module) -> bool:
+    """Return whether a model of vLLM has its tower of images one name further down than transformers does.
+
+    Args:
+        model: vLLM's own.
+    """
+    return any(_INNER_TOWER in name for name, _ in model.named_parameters())
 
 
 def begin_load(inside: Inside) -> None:
@@ -60,14 +65,13 @@ def load(inside: Inside, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         if not inside.is_open:
             inside.loader.begin(inside)
             inside.is_open = True
-        inside.loaded |= inside.loader.load(inside, _renamed(inside.model, chain([first], weights)))
+        inside.loaded |= inside.loader.load(inside, _renamed(inside, chain([first], weights)))
 
 
-def _renamed(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    has_inner_tower = any(_INNER_TOWER in name for name, _ in model.named_parameters())
+def _renamed(inside: Inside, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in tensors:
-        is_inside = has_inner_tower and _INNER_TOWER not in name
-        yield name.replace("vision_tower.", _INNER_TOWER) if is_inside else name, tensor
+        is_further_up = inside.has_inner_tower and _INNER_TOWER not in name
+        yield name.replace("vision_tower.", _INNER_TOWER) if is_further_up else name, tensor
 
 
 def end_load(inside: Inside) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
+from itertools import chain
 from types import ModuleType
 from typing import Any, Protocol, cast
 
@@ -73,7 +74,9 @@ def _is_matrix(layer: nn.Module) -> bool:
 
 
 def _begin(inside: Inside) -> None:
-    for layer in _rearranged(inside.model):
+    if inside.held is None:
+        inside.held = _rearranged(inside.model)
+    for layer in inside.held:
         _forget_kernel(layer)
         _reload().initialize_layerwise_reload(layer)
 
@@ -135,8 +138,8 @@ def _take_any(loader: object, loaded: set[str]) -> None:
 def _keep_nothing(inside: Inside, storages: set[int]) -> None:
     """Copy what vLLM keeps of the tensors until the other parts of a layer come: they are the caller's, to write to."""
     infos = _reload().layerwise.LAYERWISE_INFO
-    for layer in inside.model.modules():
-        for _, call in infos[layer].loaded_weights if layer in infos else ():
+    for layer in chain.from_iterable(held.modules() for held in inside.held or ()):
+        for _, call in infos[layer].loaded_weights:
             tensor = call.arguments["loaded_weight"]
             if tensor.untyped_storage().data_ptr() in storages:
                 call.arguments["loaded_weight"] = tensor.clone()
@@ -144,11 +147,11 @@ def _keep_nothing(inside: Inside, storages: set[int]) -> None:
 
 def _end(inside: Inside) -> None:
     with _in_config(inside):
-        rearranged = _rearranged(inside.model)
-        for layer in rearranged:
+        for layer in inside.held or ():
             _reload().finalize_layerwise_reload(layer, inside.runner.model_config)
+        held = set(inside.held or ())
         for layer in inside.model.modules():
-            if hasattr(layer, "cpu_linear") and layer not in rearranged:
+            if "cpu_linear" in vars(layer) and layer not in held:
                 _multiply_in_place(layer)
 
 

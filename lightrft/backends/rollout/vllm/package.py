@@ -5,6 +5,7 @@ What is used of it is written down here as protocols.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -142,6 +143,7 @@ def known_versions() -> str:
     return " or ".join(map(_shown, _KNOWN))
 
 
+@functools.cache  # a sync asks, and it is read from a file
 def _version_of(name: str) -> str | None:
     try:
         return version(name)
