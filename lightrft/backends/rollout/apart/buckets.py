@@ -13,9 +13,9 @@ from lightrft.errors import WeightSyncError
 
 __all__ = ["BUFFER_BYTES", "Bucket", "Placed", "extent_of", "read_bucket", "room_for", "size_of", "write_bucket"]
 
-BUFFER_BYTES = 4 * 2**20
-"""Size of a buffer: its memory is fetched once, and a few of them stay in the caches of a processor, so that what one
-process writes the other one reads from there. A larger tensor has a buffer of its size."""
+BUFFER_BYTES = 8 * 2**20
+"""Size of a buffer: its memory is fetched once, and two of them stay in the caches of a processor, so that what one
+process writes the other one reads from there. For a larger tensor a buffer grows to its size."""
 
 _ALIGNMENT = 64
 """Bytes; that of torch's own memory, and a multiple of the size of every dtype."""

@@ -50,11 +50,8 @@ from lightrft.weight_sync import in_buckets
 
 __all__ = ["ApartState", "build_apart"]
 
-_SLOTS = (0, 1, 2, 3)
-"""Buffers of a bucket: more than two, so that neither process waits whenever the other one is slow for a moment."""
-
-_LARGE_SLOTS = (4, 5)
-"""Buffers of the size of a tensor that is larger: one is written while the other is read."""
+_SLOTS = (0, 1)
+"""Buffers of a bucket: one is written while the other is read."""
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -316,7 +313,7 @@ def _send(state: ApartState, call: Call, tensors: Iterable[tuple[str, torch.Tens
     """
     digests: dict[str, int] = {}
     for bucket in in_buckets(tensors, bucket_bytes=BUFFER_BYTES):
-        slot = _free_slot(state, sum(tensor.nbytes for _, tensor in bucket))
+        slot = _free_slot(state)
         if state.refused is not None:
             _settle(state)
         try:
@@ -327,12 +324,11 @@ def _send(state: ApartState, call: Call, tensors: Iterable[tuple[str, torch.Tens
     return digests
 
 
-def _free_slot(state: ApartState, size: int) -> int:
-    """Return a slot for a bucket of this size, after the process has read what was there."""
-    slots = _SLOTS if size <= BUFFER_BYTES else _LARGE_SLOTS
-    while all(slot in state.owed for slot in slots):
+def _free_slot(state: ApartState) -> int:
+    """Return a slot for a bucket, after the process has read what was there."""
+    while len(state.owed) == len(_SLOTS):
         _await_answer(state)
-    return next(slot for slot in slots if slot not in state.owed)
+    return next(slot for slot in _SLOTS if slot not in state.owed)
 
 
 def _send_bucket(

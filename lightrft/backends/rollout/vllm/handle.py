@@ -137,6 +137,7 @@ class Inside:
         is_sharded: whether other ranks hold other parts of the weights.
         has_inner_tower: whether its tower of images is one name further down than transformers' is.
         held: the layers that vLLM does not load tensor by tensor, once they were looked for.
+        tied: in parts of the model, names of parameters and the names that they share them with, likewise.
         cache_bytes: size of each tensor of the key-value cache.
     """
 
@@ -153,4 +154,5 @@ class Inside:
     is_sharded: bool
     has_inner_tower: bool
     held: Sequence[nn.Module] | None = None
+    tied: dict[nn.Module, dict[str, str]] = attrs.field(factory=dict[nn.Module, dict[str, str]])
     cache_bytes: tuple[int, ...] = ()

@@ -113,22 +113,35 @@ def _load(inside: Inside, tensors: Iterable[tuple[str, torch.Tensor]]) -> set[st
             storages.add(tensor.untyped_storage().data_ptr())
             yield name, tensor
 
-    with _in_config(inside), _parts_of_a_model():
+    with _in_config(inside), _parts_of_a_model(inside):
         reached: set[str] = cast("Any", inside.model).load_weights(noted())
     _keep_nothing(inside, storages)
     return reached
 
 
 @contextmanager
-def _parts_of_a_model() -> Generator[None]:
-    """Let a head that is tied to the embedding come without it: another bucket has that, and `load.end_load` looks."""
-    loader = cast("Any", import_module("vllm.model_executor.models.utils")).AutoWeightsLoader
-    check = loader._check_skipped_aliases  # noqa: SLF001  # it takes each call for a whole checkpoint
+def _parts_of_a_model(inside: Inside) -> Generator[None]:
+    """Let vLLM take each of many calls for what it is, and not for a whole checkpoint.
+
+    A head that is tied to the embedding may come without it: another bucket has that, and `load.end_load` looks. Which
+    parameters are tied is looked for in all layers at every call, and stays what it is.
+    """
+    utils = cast("Any", import_module("vllm.model_executor.models.utils"))
+    loader, find_tied = utils.AutoWeightsLoader, utils._get_tied_embedding_params  # noqa: SLF001
+    check = loader._check_skipped_aliases  # noqa: SLF001
+
+    def remembered(module: nn.Module) -> dict[str, str]:
+        if module not in inside.tied:
+            inside.tied[module] = find_tied(module)
+        return inside.tied[module]
+
     loader._check_skipped_aliases = _take_any  # noqa: SLF001
+    utils._get_tied_embedding_params = remembered  # noqa: SLF001
     try:
         yield
     finally:
         loader._check_skipped_aliases = check  # noqa: SLF001
+        utils._get_tied_embedding_params = find_tied  # noqa: SLF001
 
 
 def _take_any(loader: object, loaded: set[str]) -> None:
